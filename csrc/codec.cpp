@@ -1,0 +1,99 @@
+// Python module `_codec`: what needs no tensor library. A bit codec for numpy arrays, how this was built, and what the
+// CPU offers.
+
+#include "numerics.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+using Codes = py::array_t<uint8_t, py::array::c_style>;
+
+int64_t packed_bytes(int64_t codes, int bits) {
+  int64_t bytes = 0;
+  for (int from = 0; from < bits; from += qkernels::plane_width(bits, from))
+    bytes += qkernels::plane_bytes(codes, qkernels::plane_width(bits, from));
+  return bytes;
+}
+
+void check_bits(int bits) {
+  if (bits < 2 || bits > 8) throw py::value_error("bits must be 2..8, got " + std::to_string(bits));
+}
+
+Codes pack(const Codes& codes, int bits) {
+  check_bits(bits);
+  const int64_t n = codes.size();
+  Codes packed(packed_bytes(n, bits));
+  const uint8_t* in = codes.data();
+  uint8_t* plane = packed.mutable_data();
+  std::memset(plane, 0, packed.nbytes());
+  for (int from = 0, width = 0; from < bits; from += width) {
+    width = qkernels::plane_width(bits, from);
+    const int per_byte = 8 / width, mask = (1 << width) - 1;
+    for (int64_t i = 0; i < n; ++i) plane[i / per_byte] |= ((in[i] >> from) & mask) << (i % per_byte * width);
+    plane += qkernels::plane_bytes(n, width);
+  }
+  return packed;
+}
+
+Codes unpack(const Codes& packed, int bits, int64_t count) {
+  check_bits(bits);
+  // The division bounds `count` before any size is computed from it.
+  if (count < 0 || count / 8 > packed.size() || packed_bytes(count, bits) != packed.size())
+    throw py::value_error(
+        std::to_string(packed.size()) + " packed bytes do not hold " + std::to_string(count) + " codes of " +
+        std::to_string(bits) + " bits");
+  Codes codes(count);
+  const uint8_t* plane = packed.data();
+  uint8_t* out = codes.mutable_data();
+  std::memset(out, 0, count);
+  for (int from = 0, width = 0; from < bits; from += width) {
+    width = qkernels::plane_width(bits, from);
+    const int per_byte = 8 / width, mask = (1 << width) - 1;
+    for (int64_t i = 0; i < count; ++i) out[i] |= ((plane[i / per_byte] >> (i % per_byte * width)) & mask) << from;
+    plane += qkernels::plane_bytes(count, width);
+  }
+  return codes;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  return info;
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> features;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) features.push_back("avx2");
+  if (__builtin_cpu_supports("fma")) features.push_back("fma");
+  if (__builtin_cpu_supports("avx512f")) features.push_back("avx512f");
+  if (__builtin_cpu_supports("avx512bw")) features.push_back("avx512bw");
+  if (__builtin_cpu_supports("avx512vnni")) features.push_back("avx512vnni");
+  if (__builtin_cpu_supports("avx512bf16")) features.push_back("avx512bf16");
+#endif
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_codec, m) {
+  m.doc() = "Bit codec for numpy arrays, build information and CPU features.";
+  m.def(
+      "pack", &pack, py::arg("codes"), py::arg("bits"),
+      "Pack the low `bits` (2..8) bits of a C-contiguous uint8 array into bit planes: uint8 [bytes].");
+  m.def(
+      "unpack", &unpack, py::arg("packed"), py::arg("bits"), py::arg("count"),
+      "The `count` codes that `pack` packed: uint8 [count]. ValueError if the bytes do not hold that many.");
+  m.def("build_info", &build_info, "Compiler and C++ standard of this build.");
+  m.def("cpu_features", &cpu_features, "Which of the instruction sets that matter here this CPU has.");
+}

@@ -1,0 +1,42 @@
+// Reading and writing float32, bfloat16 and float16 elements in loops that the compiler vectorizes, and the attribute
+// that compiles such a loop once for each instruction set and picks one when the library is loaded.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define QK_VECTORIZED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define QK_VECTORIZED
+#endif
+#define QK_ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace qkernels {
+
+constexpr int64_t kLaneBlock = 1024;  // elements summed in float32 before the sum goes on in float64
+
+struct BFloat16 {
+  uint16_t bits;
+};
+using Float16 = _Float16;
+
+QK_ALWAYS_INLINE float load(float v) { return v; }
+QK_ALWAYS_INLINE float load(Float16 v) { return static_cast<float>(v); }
+QK_ALWAYS_INLINE float load(BFloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+QK_ALWAYS_INLINE void store(float* p, float v) { *p = v; }
+QK_ALWAYS_INLINE void store(Float16* p, float v) { *p = static_cast<Float16>(v); }
+QK_ALWAYS_INLINE void store(BFloat16* p, float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  p->bits = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
+}
+
+}  // namespace qkernels

@@ -1,0 +1,94 @@
+// The arithmetic of fake quantization, for host and device. Every C++ backend calls these functions and nothing else,
+// so what was trained is what is deployed, bit for bit. docs/numerics.md is the contract in words.
+//
+// Compile without contraction of a*b+c and without fast-math (setup.py does): the contract is IEEE float32.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define QK_INLINE __host__ __device__ __forceinline__
+#else
+#define QK_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace qkernels {
+
+// A scale that is not positive and finite poisons its slice: NaN.
+QK_INLINE float valid_scale(float scale) {
+  return scale > 0.0f && scale <= FLT_MAX ? scale : NAN;
+}
+
+// Division and rounding that no compiler flag approximates.
+QK_INLINE float divide(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+QK_INLINE float multiply_add_unfused(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(__fmul_rn(a, b), c);
+#else
+  return a * b + c;
+#endif
+}
+
+QK_INLINE float round_half_even(float v) {
+#ifdef __CUDA_ARCH__
+  return rintf(v);
+#else
+  return __builtin_rintf(v);
+#endif
+}
+
+// NaN passes through both comparisons.
+QK_INLINE float clamp(float v, float low, float high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
+// One quantizer: a valid scale, an offset (0 for none) and a range of codes.
+struct Quantizer {
+  float scale, offset, qmin, qmax;
+
+  QK_INLINE float grid(float x) const { return divide(x - offset, scale); }
+  QK_INLINE float code(float v) const { return round_half_even(clamp(v, qmin, qmax)); }
+  QK_INLINE float fake_quantize(float x) const { return multiply_add_unfused(code(grid(x)), scale, offset); }
+};
+
+// The LSQ gradient at one element: of x (straight through), and the terms that are summed for scale and offset.
+struct Gradient {
+  float x, scale, offset;
+};
+
+// AtenEdge decides "inside the range" after rounding, as PyTorch's own learnable op does, instead of before.
+template <bool AtenEdge>
+QK_INLINE Gradient gradient(const Quantizer& q, float x, float upstream) {
+  const float v = q.grid(x);
+  const float edge = AtenEdge ? round_half_even(v) : v;
+  const bool inside = edge >= q.qmin && edge <= q.qmax;
+  return {inside ? upstream : 0.0f, upstream * (q.code(v) - (inside ? v : 0.0f)), inside ? 0.0f : upstream};
+}
+
+// Packed codes lie in bit planes of 4, 2 and 1 bits, widest first (7 = 4+2+1, 8 = 4+4), so that a kernel reads aligned
+// words at any width. A plane holds the same bits of every code, 8 / width codes a byte, the first in the lowest bits;
+// it is padded with zeros to a multiple of 16 bytes. The lowest bits of a code are in the widest plane.
+constexpr int kPlaneAlignment = 16;
+
+// The width of the plane that starts at bit `from` of a `bits`-bit code.
+QK_INLINE int plane_width(int bits, int from) {
+  const int left = bits - from;
+  return left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+QK_INLINE int64_t plane_bytes(int64_t codes, int width) {
+  const int64_t bytes = (codes * width + 7) / 8;
+  return (bytes + kPlaneAlignment - 1) / kPlaneAlignment * kPlaneAlignment;
+}
+
+}  // namespace qkernels

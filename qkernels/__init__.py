@@ -1,0 +1,38 @@
+"""Fused kernels for quantization-aware training and packed low-bit inference."""
+
+from . import backends
+from .convert import (
+    QConfig,
+    QuantizationReport,
+    add_scales_,
+    dequantize_,
+    fuse_weights_,
+    packed_nbytes,
+    param_groups,
+    quantize_,
+    register_layer,
+)
+from .layers import QConv2d, QLinear
+from .ops import fake_quantize, fake_quantize_multi, mean_abs
+from .quantizers import init_scale
+
+backends.load()
+
+__all__ = [
+    "QConfig",
+    "QConv2d",
+    "QLinear",
+    "QuantizationReport",
+    "add_scales_",
+    "backends",
+    "dequantize_",
+    "fake_quantize",
+    "fake_quantize_multi",
+    "fuse_weights_",
+    "init_scale",
+    "mean_abs",
+    "packed_nbytes",
+    "param_groups",
+    "quantize_",
+    "register_layer",
+]

@@ -1,0 +1,125 @@
+"""Loads what was built and registers, for each op and device, the backend that serves it.
+
+    cpp        C++ for CPU tensors, from the library `_cpu`
+    cuda       C++/CUDA for CUDA tensors, from the library `_cuda`
+    triton     Triton for CUDA tensors where `_cuda` is not there (for CPU tensors under TRITON_INTERPRET=1, if forced)
+    reference  plain PyTorch for everything else
+
+`QKERNELS_BACKEND=<one of these>` forces one for the devices that it serves; where it is missing, that is an error.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import reference
+from .ops import NAMESPACE, SCHEMAS
+
+BACKENDS = ("cpp", "cuda", "triton", "reference")
+TRITON_MODULES = {  # the file of qkernels/triton that holds each op
+    "fake_quantize": "fake_quantize",
+    "fake_quantize_backward": "fake_quantize",
+    "fake_quantize_multi": "fake_quantize_multi",
+    "fake_quantize_multi_backward": "fake_quantize_multi",
+    "mean_abs": "mean_abs",
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """Who serves an op on a kind of device ("cpu", "cuda", "other"), and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+_library = torch.library.Library(NAMESPACE, "IMPL")
+_served: list[Served] = []
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """The function that implements `op` in a backend that is written in Python: "triton" or "reference"."""
+    if backend == "reference":
+        return getattr(reference, op)
+    return getattr(importlib.import_module(f"qkernels.triton.{TRITON_MODULES[op]}"), op)
+
+
+def library_path(name: str) -> Path | None:
+    """The compiled library `_cpu` or `_cuda` beside this file, if it was built."""
+    path = Path(__file__).parent / f"{name}.so"
+    return path if path.exists() else None
+
+
+def _why_not(backend: str) -> str | None:
+    """What is missing for `backend`, with the way out; None if nothing is."""
+    if backend in ("cpp", "cuda"):
+        name = {"cpp": "_cpu", "cuda": "_cuda"}[backend]
+        path = library_path(name)
+        if backend == "cuda" and torch.version.cuda is None:
+            return "this PyTorch is built without CUDA"
+        if path is None:
+            needs = "a C++ compiler" if backend == "cpp" else "nvcc (QKERNELS_BUILD_CUDA=1 makes its absence an error)"
+            return f"qkernels/{name} was not built; reinstall qtdog with {needs}"
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            return f"{path.name} does not load: {error}"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton"
+    return None
+
+
+def _serve(device: str, key: str, backend: str, reason: str) -> None:
+    for op in SCHEMAS:
+        if backend == "triton":
+            # Triton is imported at the first launch: importing it costs more than the rest of the package.
+            _library.impl(op, lambda *args, op=op: implementation(op, "triton")(*args), key)
+        elif backend == "reference":
+            _library.impl(op, implementation(op, "reference"), key)
+        _served.append(Served(op, device, backend, reason))
+
+
+def _choose(candidates: tuple[str, ...]) -> tuple[str, str]:
+    """The first backend that is there, and why those before it are not."""
+    missing = []
+    for backend in candidates:
+        why = _why_not(backend)
+        if why is None:
+            return backend, "; ".join(missing) or "fastest here"
+        missing.append(f"{backend}: {why}")
+    return "reference", "; ".join(missing)
+
+
+def load() -> None:
+    """Register every op on every device; called once, when qkernels is imported."""
+    forced = os.environ.get("QKERNELS_BACKEND")
+    if forced is not None:
+        if forced not in BACKENDS:
+            raise RuntimeError(f"QKERNELS_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}, or unset it")
+        why = _why_not(forced)
+        if why is not None:
+            raise RuntimeError(f"QKERNELS_BACKEND={forced} cannot be had: {why}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    forced_on = {
+        "cpu": forced in ("cpp", "reference") or (forced == "triton" and interpreted),
+        "cuda": forced in ("cuda", "triton", "reference"),
+    }
+    for device, key, candidates in (("cpu", "CPU", ("cpp",)), ("cuda", "CUDA", ("cuda", "triton"))):
+        if forced is not None and forced_on[device]:
+            _serve(device, key, forced, "QKERNELS_BACKEND")
+        else:
+            _serve(device, key, *_choose(candidates))
+    _serve("other", "CompositeExplicitAutograd", "reference", "only plain PyTorch runs everywhere")
+
+
+def report() -> list[Served]:
+    """One row an op and device: which backend serves it, and why."""
+    return list(_served)

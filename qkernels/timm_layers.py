@@ -1,0 +1,17 @@
+"""Quantized counterparts of timm's convolutions that override nn.Conv2d's forward; loaded when a model has them."""
+
+from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import conv2d_same
+from torch import Tensor
+
+from .layers import QuantizedWeight
+
+
+class QConv2dSame(QuantizedWeight, Conv2dSame):
+    """timm's Conv2dSame (TensorFlow's padding, computed from the input's size) with a fake-quantized weight."""
+
+    float_type = Conv2dSame
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        return conv2d_same(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

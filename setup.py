@@ -1,0 +1,184 @@
+"""Builds the compiled parts with ninja: `_cpu` and `_cuda` (kernels, LibTorch Stable ABI) and `_codec` (pybind11).
+
+One binary of each serves every PyTorch >= 2.11, CPU-only or CUDA build. Environment:
+
+    QKERNELS_BUILD_CUDA   1: a missing nvcc is an error; 0: no C++/CUDA kernels; unset: build them if nvcc is found
+    TORCH_CUDA_ARCH_LIST  GPU architectures, as PyTorch's extensions take them; default 8.0;8.6;8.9;9.0;10.0+PTX
+    CUDA_HOME             where to look for nvcc first
+    MAX_JOBS              parallel compilations
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of PyTorch 2.11
+DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
+# IEEE arithmetic is the contract (csrc/numerics.h): no contraction, no -ffast-math.
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", TORCH_TARGET]
+
+
+def torch_include() -> Path:
+    # The headers alone are needed, so torch is found without importing it.
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            "qtdog: building the kernels needs PyTorch >= 2.11. `pip install .` brings it; with --no-build-isolation, "
+            "`pip install torch ninja pybind11 setuptools` first."
+        )
+    return Path(spec.origin).parent / "include"
+
+
+def find_nvcc() -> Path | None:
+    """nvcc on CUDA_HOME, on PATH, or from the PyPI package nvidia-cuda-nvcc."""
+    for home in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
+        if (path := Path(home) / "bin" / "nvcc").is_file():
+            return path
+    if found := shutil.which("nvcc"):
+        return Path(found)
+    for site in sys.path:
+        found_in_site = sorted(Path(site).glob("nvidia/*/bin/nvcc"))
+        if found_in_site:
+            return found_in_site[-1]
+    return None
+
+
+def arch_flags(arch_list: str) -> list[str]:
+    """nvcc's -gencode flags of "8.0;9.0a;10.0+PTX" (separated by ; or spaces)."""
+    flags = []
+    for arch in arch_list.replace(";", " ").split():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cuda_plan() -> tuple[Path | None, str]:
+    """nvcc to build with, or None, and one line that says why."""
+    wanted = os.environ.get("QKERNELS_BUILD_CUDA", "")
+    nvcc = None if wanted == "0" else find_nvcc()
+    if nvcc is not None:
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        return nvcc, f"qtdog: building the C++/CUDA kernels with {nvcc} for {archs}"
+    if wanted == "1":
+        raise SystemExit(
+            "qtdog: QKERNELS_BUILD_CUDA=1 but no nvcc: set CUDA_HOME, or put nvcc on PATH, or "
+            "`pip install nvidia-cuda-nvcc`; or unset QKERNELS_BUILD_CUDA, and Triton will serve CUDA tensors."
+        )
+    why = "QKERNELS_BUILD_CUDA=0" if wanted == "0" else "no nvcc found"
+    return None, (
+        f"qtdog: {why}, so Triton will serve CUDA tensors; to add the C++/CUDA kernels, install nvcc (CUDA_HOME, PATH, "
+        "or `pip install nvidia-cuda-nvcc`) and reinstall"
+    )
+
+
+class BuildKernels(build_ext):
+    """Writes one build.ninja for all extensions and runs it."""
+
+    def run(self) -> None:
+        self.nvcc, line = cuda_plan()
+        print(line, flush=True)
+        if self.nvcc is None:
+            self.extensions = [e for e in self.extensions if e.name != "qkernels._cuda"]
+        super().run()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # The kernel libraries are not Python modules and fit every Python.
+        if fullname.split(".")[-1] in ("_cpu", "_cuda"):
+            return str(Path(*fullname.split("."))) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(self.ninja_file(build))
+        ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([*ninja, *jobs, "-C", str(build)], check=True)
+
+    def ninja_file(self, build: Path) -> str:
+        cxx = os.environ.get("CXX", "c++")
+        torch_flags = f"-isystem {torch_include()}"
+        lines = [
+            f"cxx = {cxx}",
+            "rule cxx",
+            f"  command = $cxx -MD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared -Wl,--no-as-needed $in $libs -o $out",
+            # PyTorch's libraries are needed by name only, so empty ones with those names do to link against: the
+            # result then loads beside any build of PyTorch, whichever was here.
+            "rule stand_in",
+            "  command = $cxx -shared -Wl,-soname,$soname -x c++ /dev/null -o $out",
+        ]
+        for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
+            lines += [f"build {build}/{name}: stand_in", f"  soname = {name}"]
+        if self.nvcc is not None:
+            archs = " ".join(arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS))
+            host = " ".join(f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden"))
+            lines += [
+                "rule nvcc",
+                f"  command = {self.nvcc} -ccbin $cxx -MD -MF $out.d -std=c++20 -O3 -cudart=static {host} {archs} "
+                f"{TORCH_TARGET} -DUSE_CUDA {torch_flags} -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "rule link_cuda",
+                f"  command = {self.nvcc} -ccbin $cxx -shared -cudart=static -Xlinker=--no-as-needed $in $libs -o $out",
+            ]
+        for extension in self.extensions:
+            lines += self.ninja_edges(extension, build, torch_flags)
+        return "\n".join(lines) + "\n"
+
+    def ninja_edges(self, extension: Extension, build: Path, torch_flags: str) -> list[str]:
+        name = extension.name.split(".")[-1]
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if name == "_codec":
+            import pybind11
+
+            flags = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+            libs = ""
+        else:
+            flags = " ".join([*KERNEL_FLAGS, torch_flags])
+            libs = f"{build}/libtorch_cpu.so"
+        objects, lines = [], []
+        for source in extension.sources:
+            path = ROOT / source
+            objects.append(f"{build}/{name}/{path.name}.o")
+            rule = "nvcc" if path.suffix == ".cu" else "cxx"
+            lines += [f"build {objects[-1]}: {rule} {path}", f"  flags = {flags}"]
+        rule = "link"
+        if name == "_cuda":
+            rule, libs = "link_cuda", f"{libs} {build}/libtorch_cuda.so"
+        lines += [f"build {output}: {rule} {' '.join(objects)} | {libs}", f"  libs = {libs}"]
+        return lines
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in CSRC.glob(pattern))
+
+
+if platform.system() != "Linux":
+    raise SystemExit("qtdog: only Linux is supported so far")
+
+setup(
+    ext_modules=[
+        Extension("qkernels._cpu", sources("cpu/*.cpp")),
+        Extension("qkernels._cuda", sources("cuda/*.cu")),
+        Extension("qkernels._codec", ["csrc/codec.cpp"]),
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
