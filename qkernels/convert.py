@@ -55,18 +55,14 @@ class QConfig:
             "first_layer": ("same", "float", *range(2, 9)),
             "last_layer": ("same", "float", *range(2, 9)),
         }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"QConfig: {name}={getattr(self, name)!r}; choose one of {allowed}")
+        chosen = {name: getattr(self, name) for name in choices}
         for name, layer in self.overrides.items():
             if layer is not None and not isinstance(layer, QConfig):
-                self.with_bits(layer, f"overrides[{name!r}]")
-
-    def with_bits(self, bits: int, name: str = "weight_bits") -> "QConfig":
-        """This configuration at another number of bits."""
-        if bits not in range(2, 9):
-            raise ValueError(f"QConfig: {name}={bits!r}; choose 2..8 bits")
-        return replace(self, weight_bits=bits)
+                choices[f"overrides[{name!r}]"] = choices["weight_bits"]
+                chosen[f"overrides[{name!r}]"] = layer
+        for name, allowed in choices.items():
+            if chosen[name] not in allowed:
+                raise ValueError(f"QConfig: {name}={chosen[name]!r}; choose one of {allowed}")
 
     def quantizer(self) -> LSQ:
         return LSQ(self.weight_bits, self.granularity, self.narrow, self.learn_scale, self.grad_scale)
@@ -176,7 +172,7 @@ def _layer_config(config: QConfig, layer: LayerPolicy | QConfig | None) -> QConf
         return None
     if isinstance(layer, QConfig):
         return layer
-    return config if layer == "same" else config.with_bits(int(layer))
+    return config if layer == "same" else replace(config, weight_bits=int(layer))
 
 
 def quantize_(
@@ -219,7 +215,10 @@ def quantize_(
         elif name and name == names[-1]:
             layer, reason = _layer_config(config, config.last_layer), f"last layer (last_layer={config.last_layer!r})"
         elif name and name == names[0]:
-            layer, reason = _layer_config(config, config.first_layer), f"first layer (first_layer={config.first_layer!r})"
+            layer, reason = (
+                _layer_config(config, config.first_layer),
+                f"first layer (first_layer={config.first_layer!r})",
+            )
         if layer is not None and filter_fn is not None and not filter_fn(module, name):
             layer, reason = None, "filter_fn"
         if layer is None:

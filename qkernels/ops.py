@@ -1,7 +1,11 @@
 """The ops: schema, argument checks and fake kernel, autograd, vmap, and the function that users call.
 
 The implementations are registered by `backends.py`. The checks stand once, in a function that the user-callable and
-the fake kernel share, so eager and compiled code give the same message.
+the fake kernel share, so eager and compiled code give the same message: in eager code the former calls it, while the
+compiler traces the latter does (Dynamo cannot trace a message that speaks of tensors).
+
+Gradients through `torch.func.grad` are not supported: PyTorch's `register_autograd` has no such path. Gradients of a
+`torch.vmap`ped call are.
 """
 
 from collections.abc import Sequence
@@ -65,14 +69,18 @@ def _check_per_scale(op: str, name: str, t: Tensor, x: Tensor, axis: int | None)
     if axis is None:
         torch._check_value(
             t.numel() == 1,
-            lambda: f"{op}: {name} must have one element without an axis, got shape {tuple(t.shape)}; "
-            "pass axis for one scale a channel",
+            lambda: (
+                f"{op}: {name} must have one element without an axis, got shape {tuple(t.shape)}; "
+                "pass axis for one scale a channel"
+            ),
         )
     else:
         torch._check_value(
             t.dim() == 1 and t.shape[0] == x.shape[axis],
-            lambda: f"{op}: {name} must have shape ({x.shape[axis]},), one element for each channel along axis {axis} "
-            f"of x {tuple(x.shape)}, got {tuple(t.shape)}",
+            lambda: (
+                f"{op}: {name} must have shape ({x.shape[axis]},), one element for each channel along axis {axis} "
+                f"of x {tuple(x.shape)}, got {tuple(t.shape)}"
+            ),
         )
 
 
@@ -245,11 +253,11 @@ def fake_quantize(
     """
     axis = _normalized(axis, x)
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    _check_fake_quantize(x, scale, offset, qmin, qmax, axis, out_dtype)
-    torch._check_value(edge in ("lsq", "aten"), lambda: f'fake_quantize: edge must be "lsq" or "aten", got {edge!r}')
-    return _ops.fake_quantize.default(
-        x, scale, offset, qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype
-    )
+    if edge not in ("lsq", "aten"):
+        raise ValueError(f'fake_quantize: edge must be "lsq" or "aten", got {edge!r}')
+    if not torch.compiler.is_compiling():
+        _check_fake_quantize(x, scale, offset, qmin, qmax, axis, out_dtype)
+    return _ops.fake_quantize.default(x, scale, offset, qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype)
 
 
 # fake_quantize_multi ---------------------------------------------------------------------------------------------
@@ -276,8 +284,10 @@ def _check_fake_quantize_multi(
         _check_per_scale(layer, "scale", scale, x, axis)
         torch._check_value(
             x.dtype == xs[0].dtype and x.device == xs[0].device,
-            lambda x=x, layer=layer: f"{layer}: all xs must share dtype and device; "
-            f"layer 0 is {xs[0].dtype} on {xs[0].device}, this one {x.dtype} on {x.device}",
+            lambda x=x, layer=layer: (
+                f"{layer}: all xs must share dtype and device; "
+                f"layer 0 is {xs[0].dtype} on {xs[0].device}, this one {x.dtype} on {x.device}"
+            ),
         )
 
 
@@ -321,6 +331,21 @@ torch.library.register_autograd(
 torch.library.register_autograd("qkernels::fake_quantize_multi_backward", _raise_double_backward, lib=_library)
 
 
+@torch.library.register_vmap("qkernels::fake_quantize_multi", lib=_library)
+def _fake_quantize_multi_vmap(info, in_dims, xs, scales, qmins, qmaxs, axis, grad_factors, out_dtype):
+    batch = info.batch_size
+    ys = _ops.fake_quantize_multi.default(
+        [_as_channels(x, d, axis, batch) for x, d in zip(xs, in_dims[0], strict=True)],
+        [_per_scale_channels(s, d, batch) for s, d in zip(scales, in_dims[1], strict=True)],
+        qmins,
+        qmaxs,
+        0,
+        grad_factors,
+        out_dtype,
+    )
+    return [_from_channels(y, x, d, axis, batch) for y, x, d in zip(ys, xs, in_dims[0], strict=True)], [0] * len(ys)
+
+
 def fake_quantize_multi(
     xs: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -348,8 +373,8 @@ def fake_quantize_multi(
     if len(xs) == 0:
         return []
     grad_factors = [1.0] * len(xs) if grad_factors is None else [float(g) for g in grad_factors]
-    torch._check_value(axis is None or axis >= 0, lambda: f"fake_quantize_multi: axis must be >= 0, got {axis}")
-    _check_fake_quantize_multi(xs, scales, qmins, qmaxs, axis, grad_factors)
+    if not torch.compiler.is_compiling():
+        _check_fake_quantize_multi(xs, scales, qmins, qmaxs, axis, grad_factors)
     return _ops.fake_quantize_multi.default(
         list(xs), list(scales), list(qmins), list(qmaxs), axis, grad_factors, out_dtype
     )
@@ -376,5 +401,6 @@ def mean_abs(x: Tensor, axis: int | None = None) -> Tensor:
         float32 [C], or 0-d without an axis; 0 for an empty slice.
     """
     axis = _normalized(axis, x)
-    _check_x("mean_abs", x, axis)
+    if not torch.compiler.is_compiling():
+        _check_x("mean_abs", x, axis)
     return _ops.mean_abs.default(x.detach(), axis)

@@ -91,6 +91,4 @@ class LSQ:
 
     def __call__(self, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Fake-quantized weight; `scale` is the layer's parameter as it is."""
-        return fake_quantize(
-            weight, positive_scale(scale), *self.range, self.axis, self.grad_factor(weight), out_dtype
-        )
+        return fake_quantize(weight, positive_scale(scale), *self.range, self.axis, self.grad_factor(weight), out_dtype)

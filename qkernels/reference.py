@@ -21,7 +21,7 @@ def _per_element(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
 def _sum_per_scale(terms: Tensor, axis: int | None) -> Tensor:
     if axis is None:
         return terms.sum()
-    return terms.movedim(axis, 0).flatten(1).sum(1)
+    return terms.movedim(axis, 0).reshape(terms.shape[axis], -1 if terms.numel() else 0).sum(1)
 
 
 def _codes(
@@ -82,9 +82,10 @@ def fake_quantize_backward(
     if param_grads:
         g = grad.to(v.dtype)
         term = q - torch.where(inside, v, 0)
-        grad_scale = (_sum_per_scale(g * term, axis) * grad_factor).to(scale.dtype)
+        grad_scale = (_sum_per_scale(g * term, axis) * grad_factor).to(scale.dtype).reshape(scale.shape)
         if offset is not None:
             grad_offset = (_sum_per_scale(torch.where(inside, 0, g), axis) * grad_factor).to(scale.dtype)
+            grad_offset = grad_offset.reshape(scale.shape)
     return grad_x, grad_scale, grad_offset
 
 

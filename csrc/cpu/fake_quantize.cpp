@@ -213,7 +213,9 @@ Tensor fake_quantize(
   return y;
 }
 
-Tensor folded(const Partials& sums, double grad_factor, const Tensor& like) {
+// The gradient of a scale or offset shaped as `like`, or an empty tensor where it is not wanted.
+Tensor folded(const Partials& sums, double grad_factor, const Tensor& like, bool wanted) {
+  if (!wanted) return empty_vector(0, ScalarType::Float, like);
   Tensor out = empty_as(like, ScalarType::Float);
   sums.fold(grad_factor, static_cast<float*>(out.data_ptr()));
   return out;
@@ -230,10 +232,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
   Job job = make_job(x, grad_x, scale, offset, qmin, qmax, axis);
   job.grad = grad.data_ptr();
   const std::vector<Sums> sums = run_backward({job}, x.scalar_type(), grad.scalar_type(), aten_edge);
-  const Tensor none = empty_vector(0, ScalarType::Float, scale);
   return {
-      grad_x, param_grads ? folded(sums[0].scale, grad_factor, scale) : none,
-      param_grads && offset ? folded(sums[0].offset, grad_factor, scale) : none};
+      grad_x, folded(sums[0].scale, grad_factor, scale, param_grads),
+      folded(sums[0].offset, grad_factor, scale, param_grads && offset.has_value())};
 }
 
 std::vector<Tensor> fake_quantize_multi(
@@ -261,15 +262,14 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quantize_multi_backwar
     xs[i] = dense(xs[i]);
     scales[i] = dense(scales[i]);
     grads[i] = laid_out_as(grads[i], xs[i]);
+    STD_TORCH_CHECK(grads[i].scalar_type() == grads[0].scalar_type(), "qkernels: all grads must share a dtype");
     grad_xs.push_back(empty_as(xs[i], xs[i].scalar_type()));
     jobs.push_back(make_job(xs[i], grad_xs[i], scales[i], std::nullopt, qmins[i], qmaxs[i], axis));
     jobs[i].grad = grads[i].data_ptr();
   }
   const std::vector<Sums> sums = run_backward(jobs, xs[0].scalar_type(), grads[0].scalar_type(), false);
   for (size_t i = 0; i < xs.size(); ++i)
-    grad_scales.push_back(
-        param_grads ? folded(sums[i].scale, grad_factors[i], scales[i])
-                    : empty_vector(0, ScalarType::Float, scales[i]));
+    grad_scales.push_back(folded(sums[i].scale, grad_factors[i], scales[i], param_grads));
   return {grad_xs, grad_scales};
 }
 
