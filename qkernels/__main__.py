@@ -1,5 +1,6 @@
 """`python -m qkernels`: versions, what was built, and which backend serves each op on each device, with the reason."""
 
+import importlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ def _version(package: str) -> str:
 
 def _codec_lines() -> Iterator[str]:
     try:
-        from . import _codec
+        _codec = importlib.import_module("qkernels._codec")
     except ImportError as error:
         yield f"_codec        not built: {error}"
         return

@@ -89,7 +89,7 @@ def _serve(device: str, key: str, backend: str, reason: str) -> None:
 
 def _choose(candidates: tuple[str, ...]) -> tuple[str, str]:
     """The first backend that is there, and why those before it are not."""
-    missing = []
+    missing: list[str] = []
     for backend in candidates:
         why = _why_not(backend)
         if why is None:

@@ -25,7 +25,7 @@ class QuantizedWeight(nn.Module):
     """
 
     float_type: ClassVar[type[nn.Module]]
-    weight: nn.Parameter
+    weight: Tensor  # a Parameter; nn.Conv2d and nn.Linear declare it so
     weight_scale: nn.Parameter
     weight_quantizer: LSQ
     fused_weight: Tensor | None  # set for the length of one forward pass by `fuse_weights_`

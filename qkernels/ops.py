@@ -263,6 +263,16 @@ def fake_quantize(
 # fake_quantize_multi ---------------------------------------------------------------------------------------------
 
 
+def _check_alike(op: str, x: Tensor, first: Tensor) -> None:
+    torch._check_value(
+        x.dtype == first.dtype and x.device == first.device,
+        lambda: (
+            f"{op}: all xs must share dtype and device; "
+            f"layer 0 is {first.dtype} on {first.device}, this one {x.dtype} on {x.device}"
+        ),
+    )
+
+
 def _check_fake_quantize_multi(
     xs: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -282,13 +292,7 @@ def _check_fake_quantize_multi(
         _check_x(layer, x, axis)
         _check_range(layer, qmin, qmax)
         _check_per_scale(layer, "scale", scale, x, axis)
-        torch._check_value(
-            x.dtype == xs[0].dtype and x.device == xs[0].device,
-            lambda x=x, layer=layer: (
-                f"{layer}: all xs must share dtype and device; "
-                f"layer 0 is {xs[0].dtype} on {xs[0].device}, this one {x.dtype} on {x.device}"
-            ),
-        )
+        _check_alike(layer, x, xs[0])
 
 
 @torch.library.register_fake("qkernels::fake_quantize_multi", lib=_library)

@@ -1,5 +1,7 @@
 """Quantized counterparts of timm's convolutions that override nn.Conv2d's forward; loaded when a model has them."""
 
+from typing import Any
+
 from timm.layers import Conv2dSame
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor
@@ -13,5 +15,5 @@ class QConv2dSame(QuantizedWeight, Conv2dSame):
     float_type = Conv2dSame
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.quantized_weight()
-        return conv2d_same(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        geometry: dict[str, Any] = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+        return conv2d_same(x, self.quantized_weight(), self.bias, **geometry)

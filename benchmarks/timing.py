@@ -1,0 +1,34 @@
+"""Timing contenders side by side: each round runs every one of them once, so that a slow moment hits all alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every contender in every round."""
+    for _ in range(warmup):
+        for run in contenders.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
+    """Per contender: median milliseconds, and the median and quartiles of its time over ours in the same round."""
+    result = {}
+    for name, times in seconds.items():
+        ratios = [t / o for t, o in zip(times, seconds[ours], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        result[name] = {
+            "milliseconds": statistics.median(times) * 1e3,
+            "over_ours": middle,
+            "over_ours_low": low,
+            "over_ours_high": high,
+        }
+    return result

@@ -1,0 +1,93 @@
+"""Backend choice, the diagnosis that `python -m qkernels` prints, and the bit codec."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qkernels as qk
+
+_codec = pytest.importorskip("qkernels._codec")
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+
+
+PRINT_CPU_BACKEND = "import qkernels as qk; print({r.backend for r in qk.backends.report() if r.device == 'cpu'})"
+
+
+@pytest.mark.parametrize("forced, served", [("reference", "reference"), ("cpp", "cpp"), ("triton", "triton")])
+def test_a_forced_backend_serves(forced, served):
+    result = python(PRINT_CPU_BACKEND, QKERNELS_BACKEND=forced, TRITON_INTERPRET="1")
+    assert result.stdout.strip() == f"{{'{served}'}}", result.stderr
+
+
+def test_a_forced_backend_computes():
+    code = (
+        "import torch, qkernels as qk; x = torch.randn(5, requires_grad=True);"
+        "qk.fake_quantize(x, torch.tensor(.1), -8, 7).sum().backward(); print(x.grad)"
+    )
+    outputs = {
+        python(f"import torch; torch.manual_seed(0); {code}", QKERNELS_BACKEND=b).stdout for b in ("reference", "cpp")
+    }
+    assert len(outputs) == 1 and "tensor" in outputs.pop()
+
+
+def test_a_forced_backend_that_is_missing_is_an_error():
+    assert "choose one of" in python("import qkernels", QKERNELS_BACKEND="fortran").stderr
+    hide = (
+        "import importlib.util as u; find = u.find_spec;"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a); import qkernels"
+    )
+    result = python(hide, QKERNELS_BACKEND="triton")
+    assert "QKERNELS_BACKEND=triton cannot be had: the package triton is not installed" in result.stderr
+
+
+def test_every_op_has_a_backend_and_a_reason_on_every_device():
+    rows = qk.backends.report()
+    assert {(r.op, r.device) for r in rows} == {(o, d) for o in qk.ops.SCHEMAS for d in ("cpu", "cuda", "other")}
+    assert all(r.reason for r in rows)
+
+
+def test_python_m_qkernels_prints_what_was_built():
+    result = subprocess.run([sys.executable, "-m", "qkernels"], capture_output=True, text=True, check=True)
+    for word in ("torch", "triton", "_cpu", "_cuda", "_codec", "fake_quantize_multi_backward", "other"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("count", [0, 1, 31, 4097])
+def test_codec_round_trip_against_numpy(bits, count):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, count, dtype=np.uint8)
+    packed = _codec.pack(codes, bits)
+    planes, start = [], 0
+    for width in {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [4, 4]}[bits]:
+        part = (codes >> start) & (2**width - 1)
+        bitstream = ((part[:, None] >> np.arange(width)) & 1).astype(np.uint8).reshape(-1)
+        plane = np.packbits(bitstream, bitorder="little")
+        planes.append(np.pad(plane, (0, -len(plane) % 16)))
+        start += width
+    np.testing.assert_array_equal(packed, np.concatenate(planes))
+    np.testing.assert_array_equal(_codec.unpack(packed, bits, count), codes)
+
+
+def test_codec_refuses_what_does_not_fit():
+    packed = _codec.pack(np.zeros(40, np.uint8), 7)
+    for bits, count in ((7, 41 * 8), (6, 40), (7, -1), (7, 2**62)):
+        with pytest.raises(ValueError, match="do not hold"):
+            _codec.unpack(packed, bits, count)
+    for bits in (0, 1, 9):
+        with pytest.raises(ValueError, match=r"2\.\.8"):
+            _codec.pack(packed, bits)
+
+
+def test_cpu_features_are_those_of_this_machine():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    for feature in _codec.cpu_features():
+        assert feature.replace("avx512vnni", "avx512_vnni").replace("avx512bf16", "avx512_bf16") in flags
