@@ -131,8 +131,8 @@ class BuildKernels(build_ext):
             host = " ".join(f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden"))
             lines += [
                 "rule nvcc",
-                f"  command = {self.nvcc} -ccbin $cxx -MD -MF $out.d -std=c++20 -O3 -cudart=static {host} {archs} "
-                f"{TORCH_TARGET} -DUSE_CUDA {torch_flags} -c $in -o $out",
+                f"  command = {self.nvcc} -ccbin $cxx -MD -MF $out.d -std=c++20 -O3 -fmad=false -cudart=static "
+                f"{host} {archs} {TORCH_TARGET} -DUSE_CUDA {torch_flags} -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link_cuda",
@@ -150,10 +150,10 @@ class BuildKernels(build_ext):
             import pybind11
 
             flags = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
-            libs = ""
+            stand_ins = []
         else:
             flags = " ".join([*KERNEL_FLAGS, torch_flags])
-            libs = f"{build}/libtorch_cpu.so"
+            stand_ins = ["torch_cpu"]
         objects, lines = [], []
         for source in extension.sources:
             path = ROOT / source
@@ -162,8 +162,10 @@ class BuildKernels(build_ext):
             lines += [f"build {objects[-1]}: {rule} {path}", f"  flags = {flags}"]
         rule = "link"
         if name == "_cuda":
-            rule, libs = "link_cuda", f"{libs} {build}/libtorch_cuda.so"
-        lines += [f"build {output}: {rule} {' '.join(objects)} | {libs}", f"  libs = {libs}"]
+            rule, stand_ins = "link_cuda", [*stand_ins, "torch_cuda"]
+        needed = " ".join(f"{build}/lib{lib}.so" for lib in stand_ins)
+        libs = " ".join([f"-L{build}", *(f"-l{lib}" for lib in stand_ins)])
+        lines += [f"build {output}: {rule} {' '.join(objects)} | {needed}", f"  libs = {libs}"]
         return lines
 
 
