@@ -7,14 +7,19 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
-from .cases import CASES
-from .report import write_performance_page
+from .report import CASES, write_performance_page
 
 RESULTS = Path(__file__).parent / "results"
+KEEP = "8000000000"
+ALLOCATORS = {
+    "default": {},
+    "keeping memory": {"MALLOC_TRIM_THRESHOLD_": KEEP, "MALLOC_MMAP_THRESHOLD_": KEEP, "MALLOC_TOP_PAD_": "256000000"},
+}
 
 
 def cpu_name() -> str:
@@ -31,26 +36,35 @@ def commit() -> str:
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "") if head.stdout else "unknown"
 
 
+def measure(case: str, threads: int, rounds: int, environment: dict[str, str]) -> dict[str, dict[str, float]]:
+    """A process of its own for each case, so that no case inherits another's heap."""
+    command = [sys.executable, "-m", "benchmarks.measure", case, str(threads), str(rounds)]
+    result = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
-    parser.add_argument("--rounds", type=int, help="rounds of each case, each with every contender once")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of each case, each with every contender once")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    name = f"{cpu_name()}, {arguments.threads} threads"
+    cases: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     result = {
-        "machine": name,
+        "machine": f"{cpu_name()}, {arguments.threads} threads",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
         "torch": torch.__version__,
-        "cases": {},
+        "rounds": arguments.rounds,
+        "cases": cases,
     }
-    for case, (measure, rounds) in CASES.items():
-        print(case, flush=True)
-        result["cases"][case] = measure(arguments.rounds or rounds)
-        for contender, row in result["cases"][case].items():
-            print(f"  {contender:20} {row['milliseconds']:9.2f} ms  {row['over_ours']:6.2f}x", flush=True)
-    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    for case in CASES:
+        cases[case] = {}
+        for allocator, environment in ALLOCATORS.items():
+            print(f"{case}, allocator {allocator}", flush=True)
+            cases[case][allocator] = measure(case, arguments.threads, arguments.rounds, environment)
+            for contender, row in cases[case][allocator].items():
+                print(f"  {contender:20} {row['milliseconds']:9.2f} ms  {row['ratio']:6.2f}", flush=True)
+    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", str(result["machine"]).lower()).strip("-") + ".json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path} and {write_performance_page(RESULTS)}")

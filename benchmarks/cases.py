@@ -75,7 +75,7 @@ def _with_peer(model: nn.Module, quantize: Callable[[Tensor, Tensor], Tensor]) -
     for m in model.modules():
         if type(m) is nn.Conv2d:
             m.__class__ = _PeerConv2d
-            m.quantize = quantize
+            setattr(m, "quantize", quantize)  # noqa: B010 - a plain assignment is typed as a submodule
             m.weight_scale = nn.Parameter(qk.init_scale(m.weight, QMAX, 0))
     return model
 
@@ -107,6 +107,6 @@ def training_step_of_resnet18(rounds: int) -> dict[str, dict[str, float]]:
 
 
 CASES = {
-    "weights of ResNet-50, forward + backward": (weights_of_resnet50, 40),
-    "training step of ResNet-18": (training_step_of_resnet18, 40),
+    "weights of ResNet-50, forward + backward": weights_of_resnet50,
+    "training step of ResNet-18": training_step_of_resnet18,
 }

@@ -2,10 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of every contender in every round."""
     for _ in range(warmup):
         for run in contenders.values():
@@ -19,16 +19,16 @@ def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup
     return seconds
 
 
-def summary(seconds: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
-    """Per contender: median milliseconds, and the median and quartiles of its time over ours in the same round."""
+def summary(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Per contender: median milliseconds; median and quartiles of its time over that of `base` in the same round."""
     result = {}
     for name, times in seconds.items():
-        ratios = [t / o for t, o in zip(times, seconds[ours], strict=True)]
+        ratios = [t / o for t, o in zip(times, seconds[base], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         result[name] = {
             "milliseconds": statistics.median(times) * 1e3,
-            "over_ours": middle,
-            "over_ours_low": low,
-            "over_ours_high": high,
+            "ratio": middle,
+            "low": low,
+            "high": high,
         }
     return result

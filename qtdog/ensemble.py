@@ -1,0 +1,172 @@
+"""EoQ: independently trained quantized models whose logits are averaged (QT-DoG, section 3.3)."""
+
+import datetime
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qtdog.config import EnsembleConfig
+from qtdog.data import DomainSet, load_dataset
+from qtdog.data.loaders import EvaluationImages
+from qtdog.environment import describe_environment, pick_device, pick_workers
+from qtdog.errors import UserError
+from qtdog.evaluation import domain_parts, sources
+from qtdog.presets import METHODS
+from qtdog.runs import Log, ModelCard, find_runs, load_model, read_card, write_json, write_records
+
+Combine = Literal["logits", "probs"]
+
+
+def combine_logits(logits: Tensor, combine: Combine) -> Tensor:
+    """Class probabilities of an ensemble.
+
+    Args:
+        logits: float [members, N, classes].
+        combine: `logits` takes the softmax of their mean over the members (EoQ), `probs` the mean of the softmaxes.
+
+    Returns:
+        float [N, classes].
+    """
+    return logits.mean(0).softmax(-1) if combine == "logits" else logits.softmax(-1).mean(0)
+
+
+@torch.no_grad()
+def member_logits(models: Sequence[nn.Module], images: EvaluationImages, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits float32 [members, N, classes] and labels int64 [N], on the CPU; images are read once for all members."""
+    logits, labels = [], []
+    for batch, batch_labels in images:
+        batch = batch.to(device, memory_format=torch.channels_last)
+        logits.append(torch.stack([model(batch).float().cpu() for model in models]))
+        labels.append(batch_labels)
+    return torch.cat(logits, dim=1), torch.cat(labels)
+
+
+def dataset_of(card: ModelCard, data_dir: str | None, log: Log) -> DomainSet:
+    """The data a run was trained on; UserError if what is found there now differs."""
+    run = card.run
+    dataset = load_dataset(run.dataset, data_dir or run.data_dir, card.images_as_trained(), log)
+    found = ([domain.name for domain in dataset.domains], dataset.classes)
+    if found != (card.domains, card.classes):
+        raise UserError(
+            f"the data has domains and classes {found}, the run {(card.domains, card.classes)}: see --data-dir"
+        )
+    return dataset
+
+
+def make_ensembles(config: EnsembleConfig) -> list[Path]:
+    """Group runs by data set, method, target and trial; evaluate and write an ensemble of each group of two or more.
+
+    Returns:
+        The folders written, each with results.jsonl and members.json.
+    """
+    log = Log()
+    device = pick_device(config.device)
+    groups: dict[tuple[str, str, str, int], list[tuple[Path, ModelCard]]] = defaultdict(list)
+    for folder in find_runs(config.runs):
+        card = read_card(folder)
+        groups[card.dataset, card.run.method, card.target, card.run.trial_seed].append((folder, card))
+    several = {key: members for key, members in groups.items() if len(members) > 1}
+    for dataset, method, target, trial in groups.keys() - several.keys():
+        log(f"one run of {method} on {dataset}, target {target}, trial {trial}: no ensemble of one")
+    if not several:
+        raise UserError("no two runs share data set, method, target and trial: train more --seeds")
+    written = []
+    loaded: dict[tuple[Any, ...], DomainSet] = {}
+    for members in several.values():
+        card = same_task(members)
+        data_key = (card.run.dataset, card.run.data_dir, card.images_as_trained())
+        if data_key not in loaded:
+            loaded[data_key] = dataset_of(card, config.data_dir, log)
+        written.append(ensemble(members, loaded[data_key], config, device, log))
+    return written
+
+
+def same_task(members: Sequence[tuple[Path, ModelCard]]) -> ModelCard:
+    """The first member's card, after checking that the others saw the same images and have other seeds."""
+    first_folder, first = members[0]
+    seeds: dict[int, Path] = {}
+    for folder, card in members:
+        for name in ("classes", "domains", "image_shape", "preprocessing", "data_source"):
+            if getattr(card, name) != getattr(first, name):
+                raise UserError(
+                    f"{folder} and {first_folder} differ in {name} and cannot be one ensemble: name their folders apart"
+                )
+        if card.run.holdout_fraction != first.run.holdout_fraction:
+            raise UserError(
+                f"{folder} and {first_folder} differ in holdout_fraction: a member would be tested on its own data"
+            )
+        if card.run.seed in seeds:
+            raise UserError(f"{folder} and {seeds[card.run.seed]} have the same seed {card.run.seed}: name one of them")
+        seeds[card.run.seed] = folder
+    return first
+
+
+def ensemble(
+    members: Sequence[tuple[Path, ModelCard]],
+    dataset: DomainSet,
+    config: EnsembleConfig,
+    device: torch.device,
+    log: Log,
+) -> Path:
+    """Evaluate one ensemble on the target's in and out parts and the sources' out parts, and write it."""
+    card = members[0][1]
+    run, method = card.run, METHODS[card.run.method]
+    name = f"trial{run.trial_seed}_ensemble"
+    if config.output_dir is None:
+        folder = members[0][0].parent / name
+    else:
+        folder = Path(config.output_dir) / card.dataset / run.method / card.target / name
+    log(
+        f"{method.ensemble_label} of {len(members)} members on {card.dataset}, target domain {card.target}, "
+        f"trial {run.trial_seed}"
+    )
+    models = [load_model(path, device) for path, _ in members]
+    workers = pick_workers(config.num_workers, card.preprocessing is not None)
+    parts = domain_parts(run, dataset)
+    wanted = [f"env{run.test_env}_in"] + [f"env{env}_out" for env in (run.test_env, *sources(run, dataset))]
+    accuracies: dict[str, float] = {}
+    member_accuracies: list[dict[str, float]] = [{} for _ in members]
+    for part in tqdm(wanted, desc="evaluating", disable=None):
+        logits, labels = member_logits(models, EvaluationImages(parts[part], workers), device)
+        prediction = combine_logits(logits, config.combine).argmax(-1)
+        accuracies[f"{part}_acc"] = (prediction == labels).double().mean().item()
+        for single, alone in zip(logits, member_accuracies, strict=True):
+            alone[f"{part}_acc"] = (single.argmax(-1) == labels).double().mean().item()
+    test = f"env{run.test_env}_in_acc"
+    record = {
+        **accuracies,
+        "members": len(members),
+        "combine": config.combine,
+        "dataset": card.dataset,
+        "data_source": dataset.source,
+        "domains": card.domains,
+        "method": run.method,
+        "target": card.target,
+        "test_env": run.test_env,
+        "trial_seed": run.trial_seed,
+        "target_accuracy": accuracies[test],
+        "nbytes": sum(member.nbytes for _, member in members),
+        "float_nbytes": card.float_nbytes,
+        "environment": describe_environment(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    manifest = [
+        {
+            "folder": str(path),
+            "seed": member.run.seed,
+            "selected_step": member.selected_step,
+            "nbytes": member.nbytes,
+            "accuracies": alone,
+        }
+        for (path, member), alone in zip(members, member_accuracies, strict=True)
+    ]
+    write_json(folder / "members.json", {"combine": config.combine, "members": manifest})
+    write_records(folder / "results.jsonl", [record])
+    singles = ", ".join(f"{100 * each[test]:.1f}" for each in member_accuracies)
+    log(f"  target accuracy {100 * accuracies[test]:.1f} (members alone: {singles}) -> {folder}")
+    return folder

@@ -1,0 +1,60 @@
+"""The parts of a run's domains, and the accuracy of a model on them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qtdog.config import RunConfig
+from qtdog.data import DomainSet
+from qtdog.data.loaders import EvaluationImages, Part, fits_in_memory
+from qtdog.data.splits import split
+from qtdog.errors import UserError
+
+
+def domain_parts(run: RunConfig, dataset: DomainSet) -> dict[str, Part]:
+    """The parts of all domains by DomainBed's names: env0_in, env0_out, env1_in, ..."""
+    parts = {}
+    for env, domain in enumerate(dataset.domains):
+        inner, outer = split(len(domain.labels), run.holdout_fraction, run.trial_seed, env)
+        if not outer:
+            raise UserError(
+                f"domain {domain.name} has {len(inner)} image(s), too few to hold out {run.holdout_fraction:.0%}: "
+                "add images or raise --holdout-fraction"
+            )
+        parts[f"env{env}_in"] = Part(domain, env, inner)
+        parts[f"env{env}_out"] = Part(domain, env, outer)
+    return parts
+
+
+def sources(run: RunConfig, dataset: DomainSet) -> list[int]:
+    """Indices of the source domains."""
+    return [env for env in range(len(dataset.domains)) if env != run.test_env]
+
+
+def evaluation_images(
+    run: RunConfig, dataset: DomainSet, parts: dict[str, Part], workers: int
+) -> dict[str, EvaluationImages]:
+    """All parts as evaluated at a checkpoint; of the source domains' training images perhaps only the first."""
+    evaluated = dict(parts)
+    for env in sources(run, dataset):
+        part = parts[f"env{env}_in"]
+        evaluated[f"env{env}_in"] = Part(part.domain, env, part.indices[: run.eval_train_images])
+    keep = fits_in_memory(sum(len(part.indices) for part in evaluated.values()), dataset.image_shape)
+    return {name: EvaluationImages(part, workers, keep) for name, part in evaluated.items()}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: EvaluationImages, device: torch.device) -> float:
+    """Share of correct predictions, in 0..1; the model is left in eval mode."""
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    for batch, labels in images:
+        logits = model(batch.to(device, memory_format=torch.channels_last))
+        correct += (logits.argmax(1) == labels.to(device)).sum()
+    return correct.item() / len(images.part.indices)
+
+
+def mean_out_accuracy(accuracies: dict[str, float], envs: Sequence[int]) -> float:
+    """Mean over domains of the accuracy on their out parts: source validation, if `envs` are the sources."""
+    return sum(accuracies[f"env{env}_out_acc"] for env in envs) / len(envs)

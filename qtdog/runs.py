@@ -1,0 +1,170 @@
+"""The folder of a run: what lies in it, how it is written, found and read back.
+
+    config.yaml         every setting of the run
+    out.txt             what was printed
+    results.jsonl       one record a checkpoint, with DomainBed's keys
+    checkpoint.pt       to resume from: tensors and plain types only
+    model.safetensors   the selected model
+    model.json          what is needed to rebuild and to judge it
+    done                the run has finished
+
+Files are written beside themselves and then renamed, so that a kill leaves the old or the new one, never a half.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import qkernels as qk
+from qtdog.config import RunConfig
+from qtdog.data import Preprocessing
+from qtdog.errors import UserError
+from qtdog.models import build_model
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary)`, then rename the temporary file to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, atomically."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line, keys sorted as in DomainBed, atomically."""
+    write_text(path, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Inverse of `write_records`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Log:
+    """Prints a line at once, above any progress bar, and keeps it in a file."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, text: str) -> None:
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(text + "\n")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """model.json: all that is needed to rebuild the selected model and to judge it."""
+
+    config: dict[str, Any]
+    dataset: str
+    data_source: str
+    domains: list[str]
+    target: str
+    classes: list[str]
+    image_shape: list[int]
+    preprocessing: dict[str, Any] | None
+    backbone: str
+    quantization: dict[str, Any] | None
+    selection: str
+    selected_step: int
+    source_validation_accuracy: float
+    accuracies: dict[str, float]
+    nbytes: int
+    float_nbytes: int
+    environment: dict[str, str]
+    date: str
+
+    @property
+    def run(self) -> RunConfig:
+        return RunConfig.from_dict(self.config)
+
+    @property
+    def target_accuracy(self) -> float:
+        """Share in 0..1 of the target domain's `in` part, as DomainBed reports it."""
+        return self.accuracies[f"env{self.run.test_env}_in_acc"]
+
+    def images_as_trained(self) -> Preprocessing | None:
+        """How the images were prepared; None for the MNIST sets."""
+        if self.preprocessing is None:
+            return None
+        mean, std = tuple(self.preprocessing["mean"]), tuple(self.preprocessing["std"])
+        return Preprocessing(self.preprocessing["image_size"], mean, std)
+
+
+def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
+    """model.safetensors, then model.json."""
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    replace_file(folder / "model.safetensors", lambda temporary: safetensors.torch.save_file(tensors, temporary))
+    write_json(folder / "model.json", asdict(card))
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The model.json of a run folder."""
+    file = folder / "model.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no model.json: not a finished run of `qtdog train`")
+    try:
+        return ModelCard(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is not a model card of this version of qtdog: {error}") from error
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The selected model of a finished run, in eval mode: images [N, C, H, W] to logits [N, classes].
+
+    Its layers are quantized if the run's were. How to prepare images stands in model.json under `preprocessing`.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    model = build_model(card.backbone, len(card.classes), card.image_shape[0])
+    if card.quantization is not None:
+        qk.quantize_(model, qk.QConfig.from_dict(card.quantization))
+        qk.fuse_weights_(model)
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    return model.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def run_folder(output_dir: str, dataset: str, method: str, target: str, trial_seed: int, seed: int) -> Path:
+    """Where `qtdog train` puts a run."""
+    return Path(output_dir) / dataset / method / target / f"trial{trial_seed}_seed{seed}"
+
+
+def find_runs(places: Sequence[str]) -> list[Path]:
+    """The finished runs in and under `places`, each once, by path."""
+    if not places:
+        raise UserError("name at least one run folder, or a folder that holds runs")
+    found = {}
+    for place in map(Path, places):
+        if not place.is_dir():
+            raise UserError(f"{place} is not a folder")
+        finished = [done.parent for done in sorted(place.rglob("done")) if (done.parent / "model.json").is_file()]
+        if not finished:
+            raise UserError(f"{place} holds no finished run: `qtdog train` makes them, `--resume` finishes them")
+        found.update({folder.resolve(): folder for folder in finished})
+    return sorted(found.values())

@@ -1,0 +1,293 @@
+"""Training one run: the loop, the switch to quantized weights, selection, checkpoints, resume."""
+
+import datetime
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import qkernels as qk
+from qtdog.algorithms import ALGORITHMS
+from qtdog.config import Quantization, RunConfig
+from qtdog.data import DomainSet, Preprocessing
+from qtdog.data.loaders import training_batches
+from qtdog.data.splits import seed_hash
+from qtdog.environment import describe_environment
+from qtdog.errors import UserError
+from qtdog.evaluation import accuracy, domain_parts, evaluation_images, mean_out_accuracy, sources
+from qtdog.models import build_model, train_mode
+from qtdog.presets import METHODS, changed_from_preset
+from qtdog.runs import Log, ModelCard, read_records, replace_file, save_model, write_records, write_text
+from qtdog.steps import STEPS
+
+
+def prepare_folder(run: RunConfig, folder: Path, resume: bool, overwrite: bool) -> bool:
+    """Whether the run is still to be trained. Raises UserError if the folder holds another run, or half of this one."""
+    stored = folder / "config.yaml"
+    if overwrite or not stored.is_file():
+        for name in ("done", "checkpoint.pt", "results.jsonl", "out.txt", "model.json", "model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+        write_text(stored, yaml.safe_dump(run.to_dict(), sort_keys=False))
+        return True
+    old, new = yaml.safe_load(stored.read_text(encoding="utf-8")), run.to_dict()
+    changed = [f"{name} was {old.get(name)}, is now {new[name]}" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): use another --output-dir, or --overwrite"
+        )
+    if (folder / "done").is_file():
+        return False
+    if (folder / "checkpoint.pt").is_file() and not resume:
+        raise UserError(f"{folder} holds this run unfinished: continue with --resume, or start again with --overwrite")
+    return True
+
+
+def switch(model: nn.Module, optimizer: torch.optim.Optimizer, quantization: Quantization) -> qk.QuantizationReport:
+    """From now on `model` trains through quantized weights, and `optimizer` also trains their scales.
+
+    The weights stay the same Parameters. (The code published with QT-DoG made new ones, which no optimizer knew: after
+    its switch neither weights nor scales were trained.)
+    """
+    report = qk.quantize_(model, quantization.qconfig())
+    qk.fuse_weights_(model)
+    qk.add_scales_(optimizer, model, lr=quantization.scale_lr)
+    return report
+
+
+def may_be_selected(run: RunConfig, step: int) -> bool:
+    """A quantized method selects among quantized checkpoints only."""
+    return run.quantization is None or step >= run.quantization.switch_step
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of our own; on leaving, the caller's generators are as before. cuDNN without nondeterminism."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        torch.manual_seed(seed)
+        yield
+
+
+def train(
+    run: RunConfig,
+    dataset: DomainSet,
+    folder: Path,
+    preprocessing: Preprocessing | None,
+    device: torch.device,
+    workers: int = 0,
+    progress: bool = True,
+) -> ModelCard:
+    """Train one run in `folder`, from its last checkpoint if there is one, and write the selected model there.
+
+    Raises:
+        UserError: for a loss that is not finite (the last checkpoint stays), or data other than the checkpoint's.
+    """
+    with seeded(seed_hash(run.seed, "model"), device):
+        trainer = Trainer(run, dataset, folder, device, workers)
+        trainer.restore()
+        trainer.run_steps(progress)
+        return trainer.finish(preprocessing)
+
+
+class Trainer:
+    """The model, the optimizer and all else that changes while a run trains."""
+
+    def __init__(self, run: RunConfig, dataset: DomainSet, folder: Path, device: torch.device, workers: int) -> None:
+        self.run, self.dataset, self.folder, self.device, self.workers = run, dataset, folder, device, workers
+        self.method = METHODS[run.method]
+        self.target = dataset.domains[run.test_env].name
+        self.sources = sources(run, dataset)
+        self.environment = describe_environment(device)
+        self.log = Log(folder / "out.txt")
+        self.announce()
+
+        parts = domain_parts(run, dataset)
+        self.train_parts = [parts[f"env{env}_in"] for env in self.sources]
+        self.images = evaluation_images(run, dataset, parts, workers)
+        channels = dataset.image_shape[0]
+        model = build_model(run.backbone, len(dataset.classes), channels, run.weights, run.dropout, self.log)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.float_nbytes = qk.packed_nbytes(model)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+        self.start = 0
+        self.records: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # {"record": its results, "model": its state dict}
+
+    def announce(self) -> None:
+        """Say what runs, on which data, with which presets and versions."""
+        run, quantization = self.run, self.run.quantization
+        self.log(
+            f"{self.method.label} on {self.dataset.name}, target domain {self.target}, trial {run.trial_seed}, "
+            f"seed {run.seed} -> {self.folder}"
+        )
+        self.log(f"data: {self.dataset.source}")
+        described = "float"
+        if quantization:
+            described = (
+                f"{quantization.weight_bits} bit per {quantization.granularity}, from {quantization.switch_step}"
+            )
+        self.log(f"method preset {run.method}: loss {self.method.algorithm}, step {self.method.step}, {described}")
+        changed = ", ".join(f"{name}={value}" for name, value in changed_from_preset(run).items())
+        self.log(f"protocol preset {run.dataset}: {'changed ' + changed if changed else 'unchanged'}")
+        self.log("environment: " + ", ".join(f"{name} {value}" for name, value in self.environment.items()))
+
+    def run_steps(self, progress: bool) -> None:
+        """All steps from `start` on, with an evaluation and a checkpoint at every `checkpoint_freq`-th and the last."""
+        run = self.run
+        loss_of, take_step = ALGORITHMS[self.method.algorithm], STEPS[self.method.step]
+        batches = training_batches(self.train_parts, run.batch_size, run.seed, self.start, run.steps, self.workers)
+        losses: list[float] = []
+        began = time.perf_counter()
+        train_mode(self.model, run.freeze_bn)
+        bar_off = None if progress else True  # None: off where there is no terminal
+        bar = tqdm(total=run.steps, initial=self.start, desc=f"{self.method.label} {self.target}", disable=bar_off)
+        with bar:
+            for step, batch in enumerate(batches, self.start):
+                if run.quantization and step == run.quantization.switch_step:
+                    report = switch(self.model, self.optimizer, run.quantization)
+                    kept = ", ".join(report.skipped) or "none"
+                    self.log(f"step {step}: {len(report.quantized)} layers quantized, float layers: {kept}")
+                minibatches = [
+                    (x.to(self.device, memory_format=torch.channels_last, non_blocking=True), y.to(self.device))
+                    for x, y in batch
+                ]
+                # Dropout's numbers are those of this step, whether or not the run was resumed.
+                torch.manual_seed(seed_hash(run.seed, "step", step))
+                losses.append(take_step(partial(loss_of, self.model, minibatches), self.optimizer).item())
+                if not math.isfinite(losses[-1]):
+                    raise UserError(
+                        f"the loss is {losses[-1]} at step {step} of {self.folder}: try a smaller --lr or --scale-lr; "
+                        "the last checkpoint is kept"
+                    )
+                if step % run.checkpoint_freq == 0 or step == run.steps - 1:
+                    mean_loss, step_time = sum(losses) / len(losses), (time.perf_counter() - began) / len(losses)
+                    self.checkpoint(step, mean_loss, step_time)
+                    losses, began = [], time.perf_counter()
+                bar.update()
+
+    def checkpoint(self, step: int, loss: float, step_time: float) -> None:
+        """Evaluate after the update of `step`, keep the model if it is the best so far, and write it all down."""
+        began = time.perf_counter()
+        accuracies = {f"{name}_acc": accuracy(self.model, part, self.device) for name, part in self.images.items()}
+        train_mode(self.model, self.run.freeze_bn)
+        smallest = min(len(part.indices) for part in self.train_parts)
+        quantized = self.run.quantization is not None and step >= self.run.quantization.switch_step
+        record = {
+            "step": step,
+            "epoch": step * self.run.batch_size / smallest,
+            "loss": loss,
+            "step_time": step_time,
+            "eval_time": time.perf_counter() - began,
+            **accuracies,
+            "quantized": quantized,
+            "data_source": self.dataset.source,
+            "args": self.domainbed_args(),
+            "hparams": self.run.to_dict(),
+            "environment": self.environment,
+        }
+        if self.device.type == "cuda":
+            record["mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.records.append(record)
+        validation = mean_out_accuracy(accuracies, self.sources)
+        if may_be_selected(self.run, step) and (
+            self.best is None or validation > mean_out_accuracy(self.best["record"], self.sources)
+        ):
+            state = {name: value.detach().clone().cpu() for name, value in self.model.state_dict().items()}
+            self.best = {"record": record, "model": state}
+        write_records(self.folder / "results.jsonl", self.records)
+        stored = {
+            "step": step,
+            "data": self.data_fingerprint(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+        }
+        replace_file(self.folder / "checkpoint.pt", partial(torch.save, stored))
+        self.log(
+            f"step {step:>5}  loss {loss:.4f}  source out {validation:.4f}  "
+            f"target in {accuracies[f'env{self.run.test_env}_in_acc']:.4f}  {step_time:.3f} s/step  "
+            f"{'quantized' if quantized else 'float'}"
+        )
+
+    def restore(self) -> None:
+        """Continue after the last checkpoint, if there is one."""
+        file = self.folder / "checkpoint.pt"
+        if not file.is_file():
+            return
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        if stored["data"] != self.data_fingerprint():
+            raise UserError(
+                f"{self.folder} was trained on other data ({stored['data']['source']}, not {self.dataset.source}): "
+                "bring that back, or start again with --overwrite"
+            )
+        self.start = stored["step"] + 1
+        if self.run.quantization and self.start > self.run.quantization.switch_step:
+            switch(self.model, self.optimizer, self.run.quantization)
+        self.model.load_state_dict(stored["model"])
+        self.optimizer.load_state_dict(stored["optimizer"])
+        self.best = stored["best"]
+        # A kill between the two writes of `checkpoint` leaves a record that will be made again.
+        self.records = [r for r in read_records(self.folder / "results.jsonl") if r["step"] < self.start]
+        self.log(f"resumed after step {stored['step']}")
+
+    def finish(self, preprocessing: Preprocessing | None) -> ModelCard:
+        """Write the selected model and mark the run as done."""
+        assert self.best is not None  # settings whose switch is never reached are refused before training
+        record: dict[str, Any] = self.best["record"]
+        state: dict[str, Tensor] = self.best["model"]
+        quantization = self.run.quantization
+        card = ModelCard(
+            config=self.run.to_dict(),
+            dataset=self.dataset.name,
+            data_source=self.dataset.source,
+            domains=[domain.name for domain in self.dataset.domains],
+            target=self.target,
+            classes=self.dataset.classes,
+            image_shape=list(self.dataset.image_shape),
+            preprocessing=asdict(preprocessing) if preprocessing else None,
+            backbone=self.run.backbone,
+            quantization=quantization.qconfig().to_dict() if quantization else None,
+            selection=f"source validation, the {'quantized ' if quantization else ''}checkpoint with the best mean "
+            "accuracy on the source domains' out parts",
+            selected_step=record["step"],
+            source_validation_accuracy=mean_out_accuracy(record, self.sources),
+            accuracies={name: value for name, value in record.items() if name.endswith("_acc")},
+            nbytes=qk.packed_nbytes(self.model),
+            float_nbytes=self.float_nbytes,
+            environment=self.environment,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        save_model(self.folder, state, card)
+        write_text(self.folder / "done", "done\n")
+        self.log(f"selected step {card.selected_step}, target accuracy {card.target_accuracy:.4f}")
+        return card
+
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a resumed run."""
+        return {"source": self.dataset.source, "images": [len(domain.labels) for domain in self.dataset.domains]}
+
+    def domainbed_args(self) -> dict[str, Any]:
+        """What DomainBed's result collector groups by."""
+        return {
+            "dataset": self.dataset.name,
+            "algorithm": self.method.label,
+            "task": "domain_generalization",
+            "test_envs": [self.run.test_env],
+            "trial_seed": self.run.trial_seed,
+            "seed": self.run.seed,
+            "hparams_seed": 0,
+            "holdout_fraction": self.run.holdout_fraction,
+            "steps": self.run.steps,
+            "checkpoint_freq": self.run.checkpoint_freq,
+            "data_dir": self.run.data_dir,
+            "output_dir": str(self.folder),
+        }

@@ -1,0 +1,46 @@
+"""Fixtures on the data of tiny.py."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from tiny import DIGITS, make_pictures, write_idx
+
+from qtdog.cli import main
+
+# Tiny networks gain nothing from a second thread, and threads that wait for each other suffer on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A --data-dir with 120 digits: a bright bar whose row is the label. The test half is gzipped."""
+    root = tmp_path_factory.mktemp("digits")
+    random = np.random.RandomState(0)
+    for part, count in (("train", 80), ("t10k", 40)):
+        labels = np.arange(count) % 10
+        images = random.randint(0, 60, (count, 28, 28))
+        images[np.arange(count), 4 + 2 * labels] = 250
+        zipped = part == "t10k"
+        suffix = ".gz" if zipped else ""
+        write_idx(root / "MNIST" / "raw" / f"{part}-images-idx3-ubyte{suffix}", images, zipped)
+        write_idx(root / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte{suffix}", labels, zipped)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "tints")
+
+
+@pytest.fixture(scope="session")
+def trained(digits_dir, tmp_path_factory):
+    """Output folder with ERM (seed 0) and QT-DoG (seeds 0 and 1), trained by the command line on the tiny digits."""
+    output = tmp_path_factory.mktemp("trained")
+    common = ["train", *DIGITS, "--data-dir", str(digits_dir), "--output-dir", str(output), "--steps", "9"]
+    common += ["--checkpoint-freq", "2", "--eval-train-images", "8"]
+    assert main([*common, "--method", "erm"]) == 0
+    assert main([*common, "--switch-step", "4", "--seeds", "0", "1"]) == 0
+    return output

@@ -1,0 +1,215 @@
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import DIGITS, make_pictures
+
+from qtdog import cli, demo, environment
+from qtdog.cli import main
+from qtdog.config import DemoConfig
+from qtdog.data import load_dataset
+from qtdog.errors import UserError
+from qtdog.leave_one_out import chosen
+from qtdog.runs import read_card
+
+ICON_STYLES = Path(__file__).parents[3] / "shared" / "data" / "icon_styles.zip"
+COMMANDS = ["train", "ensemble", "flatness", "collect", "demo"]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"] if command else ["--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    if command is None:
+        assert all(name in out for name in COMMANDS)
+    else:
+        assert "examples:\n" in out and f"qtdog {command}" in out and "--config" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "command"),
+        (["trian"], "invalid choice"),
+        (["train", "--stepz", "3"], "--stepz"),
+        (["train", "--steps", "three"], "steps"),
+        (["train", "--method", "magic"], "magic"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--steps", "300"], "never reaches"),
+        (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere is not a folder"),
+        (["train", "--seeds", "1", "1"], "different"),
+        (["train", "--num-workers", "-1"], "--num-workers"),
+        (["ensemble"], "name at least one run folder"),
+        (["ensemble", "nowhere"], "nowhere is not a folder"),
+        (["flatness", "nowhere"], "nowhere is not a folder"),
+        (["collect", "nowhere"], "nowhere is not a folder"),
+        (["demo", "--members", "1"], "--members"),
+        (["demo", "--steps", "4"], "--steps"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("qtdog: error: ") and err.count("\n") == 1 and told in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_exit_codes_of_the_process(tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "qtdog", *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    wrong = run("collect", "nowhere")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    unexpected = subprocess.run(
+        [sys.executable, "-c", "import sys, qtdog.cli as c; c.COMMANDS['collect'] = c.dataclasses.replace("
+         "c.COMMANDS['collect'], run=lambda config: 1 / 0); sys.exit(c.main(['collect']))"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert unexpected.returncode == 1 and "ZeroDivisionError" in unexpected.stderr
+
+
+def test_interrupt_tells_how_to_resume(monkeypatch, capsys):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    for name in ("train", "collect", "demo"):
+        monkeypatch.setitem(cli.COMMANDS, name, cli.dataclasses.replace(cli.COMMANDS[name], run=interrupt))
+    assert main(["train", "--overwrite", "--steps", "9000", "--output-dir", "my runs"]) == 130
+    assert "qtdog train --steps 9000 --output-dir 'my runs' --resume\n" in capsys.readouterr().err
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err.endswith("continue with: qtdog demo\n")
+    assert main(["collect"]) == 130
+    assert capsys.readouterr().err == "\nqtdog: interrupted\n"
+
+
+def test_flags_and_yaml_fill_the_same_settings(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.dataclasses.replace(cli.COMMANDS["train"], run=seen.append))
+    file = tmp_path / "run.yaml"
+    settings = {"test_envs": ["15", "all"], "seeds": [3, 4], "trial_seed": 2, "steps": 70, "freeze_bn": False}
+    file.write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(file)]) == 0
+    dashes = ["train", "--test-envs", "15", "all", "--seeds", "3", "4", "--trial-seed=2", "--steps", "70"]
+    assert main([*dashes, "--freeze-bn", "false"]) == 0
+    assert (
+        main([("--" + a[2:].replace("-", "_") if a.startswith("--") else a) for a in [*dashes, "--freeze-bn=false"]])
+        == 0
+    )
+    assert seen[0] == seen[1] == seen[2] and seen[0].seeds == [3, 4] and seen[0].freeze_bn is False
+    assert main(["train", "--config", str(file), "--steps", "80", "--seed", "5"]) == 0
+    assert (seen[3].steps, seen[3].seeds, seen[3].trial_seed) == (80, [5], 2)
+    file.write_text("stepz: 3")
+    assert main(["train", "--config", str(file)]) == 2
+
+
+def test_targets_by_name_index_or_all(digits_dir):
+    dataset = load_dataset("RotatedMNIST", str(digits_dir), None)
+    assert chosen(["all"], dataset) == [0, 1, 2, 3, 4, 5]
+    assert chosen(["15", "5", "0", "75"], dataset) == [1, 5, 0]  # 15 is a name, 5 an index, 75 names what 5 means
+    for wrong in ("7", "ninety", "-1"):
+        with pytest.raises(UserError, match="0 0, 1 15, 2 30"):
+            chosen([wrong], dataset)
+
+
+def test_device_and_workers(monkeypatch):
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
+    assert environment.pick_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="--device cuda"):
+        environment.pick_device("cuda")
+    assert environment.pick_workers(8, reads_files=False) == 0
+    assert environment.pick_workers(0, reads_files=True) == 0
+    assert 1 <= environment.pick_workers(10**6, reads_files=True) <= len(environment.os.sched_getaffinity(0))
+
+
+def test_every_target_of_colored_mnist(digits_dir, tmp_path):
+    arguments = ["train", *DIGITS, "--dataset", "ColoredMNIST", "--test-envs", "all", "--method", "erm", "--steps", "1",
+                 "--data-dir", str(digits_dir), "--output-dir", str(tmp_path)]  # fmt: skip
+    assert main(arguments) == 0
+    assert {path.parent.parent.name for path in tmp_path.rglob("done")} == {"+90%", "+80%", "-90%"}
+
+
+def test_runs_at_once_give_the_same_as_one_by_one(digits_dir, tmp_path):
+    arguments = [
+        "train",
+        *DIGITS,
+        "--method",
+        "erm",
+        "--steps",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+        "--data-dir",
+        str(digits_dir),
+    ]
+    assert main([*arguments, "--output-dir", str(tmp_path / "one")]) == 0
+    assert main([*arguments, "--output-dir", str(tmp_path / "two"), "--jobs", "2"]) == 0
+    for seed in (0, 1):
+        file = Path("RotatedMNIST", "erm", "0", f"trial0_seed{seed}", "model.safetensors")
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_error_in_one_of_several_runs_is_one_line(tmp_path, capsys):
+    root = make_pictures(tmp_path / "set", 5)
+    (root / "dark" / "red" / "1.png").write_bytes(b"broken")
+    arguments = ["train", "--dataset", "folder", "--data-dir", str(root), "--backbone", "test_resnet", "--weights", "none",
+                 "--image-size", "16", "--method", "erm", "--steps", "2", "--batch-size", "2", "--jobs", "2",
+                 "--test-envs", "0", "1", "--num-workers", "0", "--output-dir", str(tmp_path / "runs")]  # fmt: skip
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "1.png" in err and err.count("\n") == 1
+    assert main([*arguments, "--jobs", "0"]) == 2
+
+
+def test_too_few_images_to_hold_out(digits_dir, tmp_path, capsys):
+    arguments = ["train", *DIGITS, "--method", "erm", "--holdout-fraction", "0.01", "--data-dir", str(digits_dir),
+                 "--output-dir", str(tmp_path)]  # fmt: skip
+    assert main(arguments) == 2
+    assert "too few to hold out 1%" in capsys.readouterr().err
+
+
+def test_demo_end_to_end(digits_dir, tmp_path, capsys):
+    output = tmp_path / "demo"
+    arguments = ["demo", "--output-dir", str(output), "--data-dir", str(digits_dir), "--steps", "6", "--members", "2"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for name in ("table.txt", "model.safetensors", "flatness.png"):
+        assert name in out.split("written:")[-1]
+    table = (output / "table.txt").read_text()
+    assert [line.split()[0] for line in table.splitlines()[4:7]] == ["ERM", "QT-DoG", "EoQ"]
+    assert (output / "flatness.csv").is_file()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("is finished, not run again") == 3
+
+
+def test_demo_settings_are_checked():
+    with pytest.raises(UserError, match="--members"):
+        demo.run_demo(DemoConfig(members=1))
+
+
+@pytest.mark.skipif(not ICON_STYLES.is_file(), reason=f"{ICON_STYLES} is not there")
+def test_icon_styles(tmp_path):
+    """Real pictures in four drawing styles, all subcommands."""
+    with zipfile.ZipFile(ICON_STYLES) as archive:
+        wanted = [n for n in archive.namelist() if n.endswith(".png") and n.split("/")[1] in ("building", "weather")]
+        archive.extractall(tmp_path / "icons", wanted)
+    runs = tmp_path / "runs"
+    common = ["train", "--dataset", "folder", "--data-dir", str(tmp_path / "icons"), "--backbone", "test_resnet",
+              "--weights", "none", "--image-size", "32", "--steps", "8", "--checkpoint-freq", "4", "--batch-size", "4",
+              "--test-envs", "noto", "--output-dir", str(runs), "--device", "cpu"]  # fmt: skip
+    assert main([*common, "--method", "erm"]) == 0
+    assert main([*common, "--switch-step", "4", "--seeds", "0", "1"]) == 0
+    card = read_card(runs / "icons" / "qtdog" / "noto" / "trial0_seed0")
+    assert card.domains == ["fluent3d", "noto", "openmoji_line", "twemoji"] and card.run.test_env == 1
+    assert card.classes == ["building", "weather"] and card.preprocessing["image_size"] == 32
+    assert main(["ensemble", str(runs)]) == 0
+    assert main(["flatness", str(runs / "icons" / "erm"), "--radii", "0", "1", "--directions", "1", "--max-images", "8",
+                 "--output", str(tmp_path / "f.svg")]) == 0  # fmt: skip
+    assert main(["collect", str(runs)]) == 0
+    assert "EoQ" in (runs / "table.md").read_text()

@@ -1,0 +1,132 @@
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from qtdog import ensemble
+from qtdog.cli import main
+from qtdog.config import EnsembleConfig
+from qtdog.data import load_dataset
+from qtdog.data.splits import split
+from qtdog.errors import UserError
+from qtdog.runs import load_model, read_records
+
+
+def test_mean_of_logits_is_not_mean_of_probabilities():
+    # one member is very sure of class 0, two lean to class 1
+    logits = torch.tensor([[[9.0, 0.0]], [[0.0, 2.0]], [[0.0, 2.0]]])
+    eoq = ensemble.combine_logits(logits, "logits")
+    torch.testing.assert_close(eoq, torch.tensor([[9 / 3, 4 / 3]]).softmax(-1))
+    assert eoq.argmax() == 0
+    probs = ensemble.combine_logits(logits, "probs")
+    torch.testing.assert_close(probs, torch.stack([row.softmax(-1) for row in logits]).sum(0) / 3)
+    assert probs.argmax() == 1
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """A copy of the trained runs, to write ensembles into."""
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("combine", ["logits", "probs"])
+def test_ensemble_of_trained_members(runs, digits_dir, capsys, combine):
+    assert main(["ensemble", str(runs), "--combine", combine, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "one run of erm on RotatedMNIST, target 0, trial 0: no ensemble of one" in out
+    assert "EoQ of 2 members on RotatedMNIST, target domain 0, trial 0" in out
+    members = [runs / "RotatedMNIST" / "qtdog" / "0" / f"trial0_seed{seed}" for seed in (0, 1)]
+    folder = members[0].parent / "trial0_ensemble"
+    (record,) = read_records(folder / "results.jsonl")
+
+    dataset = load_dataset("RotatedMNIST", str(digits_dir), None)
+    models = [load_model(member) for member in members]
+    for name in ["env0_in", *(f"env{env}_out" for env in range(6))]:
+        env, part = int(name[3]), name[5:]
+        indices = split(20, 0.2, 0, env)[part == "out"]
+        images, labels = dataset.domains[env].images(indices, False), dataset.domains[env].labels[indices]
+        with torch.no_grad():
+            outputs = [model(images) if combine == "logits" else model(images).softmax(-1) for model in models]
+        expected = ((outputs[0] + outputs[1]).argmax(-1) == labels).double().mean().item()
+        assert record[f"{name}_acc"] == expected
+    assert record["target_accuracy"] == record["env0_in_acc"] and record["combine"] == combine
+    manifest = json.loads((folder / "members.json").read_text())
+    assert [member["seed"] for member in manifest["members"]] == [0, 1]
+    cards = [json.loads((member / "model.json").read_text()) for member in members]
+    for member, card in zip(manifest["members"], cards, strict=True):
+        assert member["accuracies"]["env0_in_acc"] == card["accuracies"]["env0_in_acc"]
+    assert record["nbytes"] == sum(card["nbytes"] for card in cards)
+
+
+def test_output_dir(runs, tmp_path):
+    written = ensemble.make_ensembles(EnsembleConfig([str(runs)], output_dir=str(tmp_path / "e"), device="cpu"))
+    assert written == [tmp_path / "e" / "RotatedMNIST" / "qtdog" / "0" / "trial0_ensemble"]
+    assert (written[0] / "members.json").is_file()
+
+
+def change(folder, **values):
+    card = json.loads((folder / "model.json").read_text())
+    for name, value in values.items():
+        if name in card:
+            card[name] = value
+        else:
+            card["config"][name] = value
+    (folder / "model.json").write_text(json.dumps(card))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"classes": ["a"]}, "differ in classes"),
+        ({"data_source": "other"}, "differ in data_source"),
+        ({"holdout_fraction": 0.3}, "differ in holdout_fraction"),
+        ({"seed": 0}, "have the same seed 0"),
+    ],
+)
+def test_members_that_do_not_belong_together(runs, values, told):
+    change(runs / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1", **values)
+    with pytest.raises(UserError, match=told):
+        ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
+
+
+def test_data_that_changed_since_training(runs):
+    for seed in (0, 1):
+        change(runs / "RotatedMNIST" / "qtdog" / "0" / f"trial0_seed{seed}", domains=["a", "b"])
+    with pytest.raises(UserError, match="see --data-dir"):
+        ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("RotatedMNIST/erm", "no two runs share"), ("nowhere", "is not a folder"), ("empty", "holds no finished run")],
+)
+def test_nothing_to_average(runs, place, told):
+    (runs / "empty").mkdir()
+    with pytest.raises(UserError, match=told):
+        ensemble.make_ensembles(EnsembleConfig([str(runs / place)], device="cpu"))
+
+
+def test_broken_card(runs):
+    member = runs / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1"
+    (member / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a model card"):
+        ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
+    with pytest.raises(UserError, match=r"holds no model\.json"):
+        load_model(member.parent)
+
+
+def test_images_are_read_once_for_all_members():
+    reads = []
+
+    class Images:
+        def __iter__(self):
+            reads.append(None)
+            yield torch.ones(3, 1, 1, 2), torch.tensor([0, 1, 0])
+            yield torch.zeros(1, 1, 1, 2), torch.tensor([1])
+
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(2, 2)) for _ in range(3)]
+    logits, labels = ensemble.member_logits(models, Images(), torch.device("cpu"))
+    assert logits.shape == (3, 4, 2) and labels.tolist() == [0, 1, 0, 1] and len(reads) == 1
+    torch.testing.assert_close(logits[1, :3], models[1](torch.ones(3, 1, 1, 2)).detach())

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from tiny import make_pictures
+
+from qtdog.data import Preprocessing, load_dataset
+from qtdog.data.loaders import EvaluationImages, Minibatches, Part, fits_in_memory, training_batches
+from qtdog.errors import UserError
+
+SMALL = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture
+def parts(pictures):
+    dataset = load_dataset("folder", str(pictures), SMALL)
+    return [Part(domain, env, list(range(2, 17))) for env, domain in enumerate(dataset.domains)]
+
+
+def same(one, two):
+    pairs = [(a, b) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True)]
+    return all(torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+def test_batches_depend_on_nothing_but_seed_domain_and_step(parts):
+    whole = list(training_batches(parts, 4, seed=0, start=0, stop=6, workers=0))
+    assert len(whole) == 6 and len(whole[0]) == 3 and whole[0][0][0].shape == (4, 3, 16, 16)
+    for workers in (0, 1, 2):
+        torch.manual_seed(workers)
+        assert same(whole, training_batches(parts, 4, seed=0, start=0, stop=6, workers=workers))
+    assert same(whole[4:], training_batches(parts, 4, seed=0, start=4, stop=6, workers=2))
+    assert same([w[1:] for w in whole], training_batches(parts[1:], 4, seed=0, start=0, stop=6, workers=0))
+    assert not same(whole, training_batches(parts, 4, seed=1, start=0, stop=6, workers=0))
+    assert not same(whole[:1], whole[1:2])
+
+
+def test_callers_random_state_is_untouched(parts):
+    before = torch.get_rng_state()
+    list(training_batches(parts, 4, seed=0, start=0, stop=2, workers=0))
+    list(training_batches(parts, 4, seed=0, start=0, stop=2, workers=1))
+    list(EvaluationImages(parts[0], workers=1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_drawn_with_replacement_from_the_part_only(parts):
+    part = parts[0]
+    images, labels = Minibatches([part], 200, seed=0).minibatch(part, step=0)
+    plain = part.domain.images(part.indices, augment=False)
+    assert len(images) == 200 and labels.bincount().min() > 60
+    assert images.flatten(1).unique(dim=0).shape[0] > len(plain)  # augmented: more pictures than originals
+
+
+def test_evaluation_images_are_plain_in_order_and_kept(parts):
+    part = parts[0]
+    images = EvaluationImages(part, workers=1, keep=True)
+    first = list(images)
+    assert torch.equal(torch.cat([x for x, _ in first]), part.domain.images(part.indices, augment=False))
+    assert torch.equal(torch.cat([y for _, y in first]), part.domain.labels[part.indices])
+    assert [x.data_ptr() for x, _ in images] == [x.data_ptr() for x in images.kept]
+    assert not EvaluationImages(part).kept
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_reaches_the_user_in_one_line(tmp_path, workers):
+    root = make_pictures(tmp_path / "set", 2)
+    (root / "dark" / "red" / "1.png").write_bytes(b"broken")
+    dark = load_dataset("folder", str(root), SMALL).domains[1]
+    part = Part(dark, 1, [0, 1, 2, 3])
+    for read in (
+        lambda: list(EvaluationImages(part, workers)),
+        lambda: list(training_batches([part], 16, seed=0, start=0, stop=1, workers=workers)),
+    ):
+        with pytest.raises(UserError, match=r"cannot read the image .*1\.png") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_cache_limit():
+    assert fits_in_memory(1000, (3, 224, 224)) and not fits_in_memory(10_000, (3, 224, 224))

@@ -1,0 +1,32 @@
+"""Tiny data: 120 made-up digits in MNIST's files, and a folder of pictures whose color tells the class."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+DIGITS = ["--dataset", "RotatedMNIST", "--test-envs", "0", "--batch-size", "2", "--device", "cpu"]
+
+
+def write_idx(path: Path, values: np.ndarray, zipped: bool = False) -> None:
+    content = (
+        bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.astype(np.uint8).tobytes()
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if zipped else content)
+
+
+def make_pictures(root: Path, count: int = 10) -> Path:
+    """Three domains (background), two classes (color), `count` pictures each, 20x16 pixels."""
+    random = np.random.RandomState(0)
+    for domain, background in (("bright", 200), ("dark", 20), ("middle", 110)):
+        for label, channel in (("blue", 2), ("red", 0)):
+            folder = root / domain / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.randint(0, 50, (16, 20, 3)) + background
+                pixels[4:12, 4:16] = 0
+                pixels[4:12, 4:16, channel] = 255
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
+    return root
