@@ -34,7 +34,7 @@ def run_demo(config: DemoConfig) -> None:
                 checkpoint_freq=config.steps // 2,
                 batch_size=1,
                 lr=2.5e-4,
-                eval_train_images=50,
+                eval_train_images=20,
                 switch_step=config.steps * 2 // 5 if method == "qtdog" else None,
                 device=config.device,
                 resume=True,

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as qtdog does, see qtdog/__init__.py
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:

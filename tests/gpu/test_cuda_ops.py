@@ -7,8 +7,9 @@ import itertools
 
 import pytest
 import torch
-from qkernels import backends, fake_quantize, fake_quantize_multi, reference
 from torch.testing import assert_close
+
+from qkernels import backends, fake_quantize, fake_quantize_multi, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

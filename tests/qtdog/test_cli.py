@@ -158,9 +158,10 @@ def test_runs_at_once_give_the_same_as_one_by_one(digits_dir, tmp_path):
 def test_error_in_one_of_several_runs_is_one_line(tmp_path, capsys):
     root = make_pictures(tmp_path / "set", 5)
     (root / "dark" / "red" / "1.png").write_bytes(b"broken")
-    arguments = ["train", "--dataset", "folder", "--data-dir", str(root), "--backbone", "test_resnet", "--weights", "none",
-                 "--image-size", "16", "--method", "erm", "--steps", "2", "--batch-size", "2", "--jobs", "2",
-                 "--test-envs", "0", "1", "--num-workers", "0", "--output-dir", str(tmp_path / "runs")]  # fmt: skip
+    arguments = ["train", "--dataset", "folder", "--data-dir", str(root), "--backbone", "test_resnet",
+                 "--weights", "none", "--image-size", "16", "--method", "erm", "--steps", "2", "--batch-size", "2",
+                 "--jobs", "2", "--test-envs", "0", "1", "--num-workers", "0",
+                 "--output-dir", str(tmp_path / "runs")]  # fmt: skip
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert "1.png" in err and err.count("\n") == 1

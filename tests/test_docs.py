@@ -1,0 +1,76 @@
+"""Every example of README and docs runs: Python blocks as they are, qtdog commands with small numbers added."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qtdog.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m qkernels", "unzip ")  # .ci/run, other tests
+SMALL = "--steps 4 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --num-workers 0 --device cpu"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+PYTHON = [pytest.param(code, id=f"{page.stem}{i}") for page in PAGES for i, code in enumerate(blocks(page, "python"))]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_example_runs(code, capsys):
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for domain in ("photo", "sketch", "cartoon"):
+        for label in ("dog", "house"):
+            folder = tmp_path / "pictures" / domain / label
+            folder.mkdir(parents=True)
+            for i in range(10):
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(c[0] == "qtdog" for c in commands(p))], ids=lambda p: p.stem)
+def test_qtdog_commands_run(page, pictures, tmp_path, monkeypatch):
+    if page.stem == "results":
+        pytest.skip("takes the shared images and weights, see tests/qtdog/test_cli.py")
+    monkeypatch.chdir(tmp_path)
+    for command in commands(page):
+        if command[0] != "qtdog":
+            continue
+        if command[1] == "train":
+            command += shlex.split(SMALL)
+            if "erm" not in command:
+                command += ["--switch-step", "1"]
+            if "folder" in command:
+                command += ["--image-size", "32"]
+        monkeypatch.setattr(sys, "argv", command)
+        assert main(command[1:]) in (0, None), command
+
+
+def test_every_shell_command_is_run_somewhere():
+    for page in PAGES:
+        for command in commands(page):
+            line = " ".join(command)
+            assert command[0] == "qtdog" or line.startswith(ELSEWHERE), f"{page.name}: {line}"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
