@@ -65,6 +65,18 @@ def seeds(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def spread(result: dict[str, Any]) -> str:
+    """How far apart the seeds of a method are, so that nobody reads more into the means than is there."""
+    targets: dict[str, list[float]] = {}
+    for run in result["tables"][0]["runs"]:
+        accuracy = 100 * run["accuracies"][f"env{run['config']['test_env']}_in_acc"]
+        targets.setdefault(run["config"]["method"], []).append(accuracy)
+    ranges = ", ".join(f"{method} {min(a):.1f} to {max(a):.1f} %" for method, a in targets.items())
+    return (
+        f"- One trial. Over its seeds the target accuracy spans {ranges}; smaller differences of means say nothing.\n"
+    )
+
+
 def main() -> None:
     parts = [HEAD]
     tables = {}
@@ -72,7 +84,12 @@ def main() -> None:
         result = json.loads((DOCS / "results" / f"{name}.json").read_text())
         tables[name] = table(result)
         notes = "\n".join(f"- {note}" for note in result["tables"][0]["notes"])
-        parts += [text, tables[name] + "\n", f"{notes}\n- Measured {result['date'][:10]}.\n", seeds(result) + "\n"]
+        parts += [
+            text,
+            tables[name] + "\n",
+            f"{notes}\n{spread(result)}- Measured {result['date'][:10]}.\n",
+            seeds(result) + "\n",
+        ]
     (DOCS / "results.md").write_text("\n".join(parts))
     block = f"<!-- results -->\n{tables['icon_styles']}\n<!-- /results -->"
     README.write_text(

@@ -58,8 +58,8 @@ def library_path(name: str) -> Path | None:
     return path if path.exists() else None
 
 
-def _why_not(backend: str) -> str | None:
-    """What is missing for `backend`, with the way out; None if nothing is."""
+def _load(backend: str) -> str | None:
+    """Load what `backend` needs. Returns None, or what is missing and the way out."""
     if backend in ("cpp", "cuda"):
         name = {"cpp": "_cpu", "cuda": "_cuda"}[backend]
         path = library_path(name)
@@ -69,7 +69,7 @@ def _why_not(backend: str) -> str | None:
             needs = "a C++ compiler" if backend == "cpp" else "nvcc (QKERNELS_BUILD_CUDA=1 makes its absence an error)"
             return f"qkernels/{name} was not built; reinstall qtdog with {needs}"
         try:
-            torch.ops.load_library(path)
+            torch.ops.load_library(str(path))
         except OSError as error:
             return f"{path.name} does not load: {error}"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -91,7 +91,7 @@ def _choose(candidates: tuple[str, ...]) -> tuple[str, str]:
     """The first backend that is there, and why those before it are not."""
     missing: list[str] = []
     for backend in candidates:
-        why = _why_not(backend)
+        why = _load(backend)
         if why is None:
             return backend, "; ".join(missing) or "fastest here"
         missing.append(f"{backend}: {why}")
@@ -104,7 +104,7 @@ def load() -> None:
     if forced is not None:
         if forced not in BACKENDS:
             raise RuntimeError(f"QKERNELS_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}, or unset it")
-        why = _why_not(forced)
+        why = _load(forced)
         if why is not None:
             raise RuntimeError(f"QKERNELS_BACKEND={forced} cannot be had: {why}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
