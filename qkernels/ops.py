@@ -45,42 +45,35 @@ for _name, _schema in SCHEMAS.items():
 
 
 def _check_x(op: str, x: Tensor, axis: int | None) -> None:
-    torch._check_type(
-        x.dtype in KERNEL_DTYPES,
-        lambda: f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}; convert it, or use qkernels.reference",
-    )
-    torch._check_value(
-        axis is None or 0 <= axis < x.dim(),
-        lambda: f"{op}: axis {axis} is out of range for x with {x.dim()} dimensions",
-    )
+    if x.dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}; convert it, or use qkernels.reference"
+        )
+    if axis is not None and not 0 <= axis < x.dim():
+        raise ValueError(f"{op}: axis {axis} is out of range for x with {x.dim()} dimensions")
 
 
 def _check_range(op: str, qmin: int, qmax: int) -> None:
-    torch._check_value(
-        -MAX_CODE <= qmin < qmax <= MAX_CODE,
-        lambda: f"{op}: need qmin < qmax within +-2**22, got qmin={qmin}, qmax={qmax}",
-    )
+    if not -MAX_CODE <= qmin < qmax <= MAX_CODE:
+        raise ValueError(f"{op}: need qmin < qmax within +-2**22, got qmin={qmin}, qmax={qmax}")
 
 
 def _check_per_scale(op: str, name: str, t: Tensor, x: Tensor, axis: int | None) -> None:
     """`t` (scale or offset) is float32 on x's device, with one element, or one a channel."""
-    torch._check_type(t.dtype == torch.float32, lambda: f"{op}: {name} must be float32, got {t.dtype}")
-    torch._check_value(t.device == x.device, lambda: f"{op}: {name} is on {t.device} but x is on {x.device}")
+    if t.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be float32, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} is on {t.device} but x is on {x.device}")
     if axis is None:
-        torch._check_value(
-            t.numel() == 1,
-            lambda: (
+        if t.numel() != 1:
+            raise ValueError(
                 f"{op}: {name} must have one element without an axis, got shape {tuple(t.shape)}; "
                 "pass axis for one scale a channel"
-            ),
-        )
-    else:
-        torch._check_value(
-            t.dim() == 1 and t.shape[0] == x.shape[axis],
-            lambda: (
-                f"{op}: {name} must have shape ({x.shape[axis]},), one element for each channel along axis {axis} "
-                f"of x {tuple(x.shape)}, got {tuple(t.shape)}"
-            ),
+            )
+    elif t.dim() != 1 or t.shape[0] != x.shape[axis]:
+        raise ValueError(
+            f"{op}: {name} must have shape ({x.shape[axis]},), one element for each channel along axis {axis} "
+            f"of x {tuple(x.shape)}, got {tuple(t.shape)}"
         )
 
 
@@ -106,10 +99,8 @@ def _check_fake_quantize(
     _check_per_scale("fake_quantize", "scale", scale, x, axis)
     if offset is not None:
         _check_per_scale("fake_quantize", "offset", offset, x, axis)
-    torch._check_type(
-        out_dtype in KERNEL_DTYPES,
-        lambda: f"fake_quantize: out_dtype must be float32, bfloat16 or float16, got {out_dtype}",
-    )
+    if out_dtype not in KERNEL_DTYPES:
+        raise TypeError(f"fake_quantize: out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
 
 
 @torch.library.register_fake("qkernels::fake_quantize", lib=_library)
@@ -263,16 +254,6 @@ def fake_quantize(
 # fake_quantize_multi ---------------------------------------------------------------------------------------------
 
 
-def _check_alike(op: str, x: Tensor, first: Tensor) -> None:
-    torch._check_value(
-        x.dtype == first.dtype and x.device == first.device,
-        lambda: (
-            f"{op}: all xs must share dtype and device; "
-            f"layer 0 is {first.dtype} on {first.device}, this one {x.dtype} on {x.device}"
-        ),
-    )
-
-
 def _check_fake_quantize_multi(
     xs: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -283,16 +264,20 @@ def _check_fake_quantize_multi(
 ) -> None:
     op = "fake_quantize_multi"
     lengths = [len(a) for a in (xs, scales, qmins, qmaxs, grad_factors)]
-    torch._check_value(
-        len(set(lengths)) == 1,
-        lambda: f"{op}: xs, scales, qmins, qmaxs and grad_factors must have one entry a layer, got lengths {lengths}",
-    )
+    if len(set(lengths)) != 1:
+        raise ValueError(
+            f"{op}: xs, scales, qmins, qmaxs and grad_factors must have one entry a layer, got lengths {lengths}"
+        )
     for i, (x, scale, qmin, qmax) in enumerate(zip(xs, scales, qmins, qmaxs, strict=True)):
         layer = f"{op}, layer {i}"
         _check_x(layer, x, axis)
         _check_range(layer, qmin, qmax)
         _check_per_scale(layer, "scale", scale, x, axis)
-        _check_alike(layer, x, xs[0])
+        if x.dtype != xs[0].dtype or x.device != xs[0].device:
+            raise ValueError(
+                f"{layer}: all xs must share dtype and device; "
+                f"layer 0 is {xs[0].dtype} on {xs[0].device}, this one {x.dtype} on {x.device}"
+            )
 
 
 @torch.library.register_fake("qkernels::fake_quantize_multi", lib=_library)

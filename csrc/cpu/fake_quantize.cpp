@@ -16,10 +16,18 @@
 namespace qkernels {
 namespace {
 
+constexpr int64_t kStreamedBytes = 16 << 20;
+
 template <class X, class Y>
-QK_VECTORIZED void quantize_row(const X* x, Y* y, int64_t n, Quantizer q) {
+QK_VECTORIZED void quantize_row(const X* x, Y* y, int64_t n, Quantizer q, bool streaming) {
+  alignas(64) Y buffer[kLaneBlock];
+  for (int64_t begin = 0; begin < n; begin += kLaneBlock) {
+    const int64_t m = begin + kLaneBlock < n ? kLaneBlock : n - begin;
+    Y* out = streaming ? buffer : y + begin;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) store(y + i, q.fake_quantize(load(x[i])));
+    for (int64_t i = 0; i < m; ++i) store(out + i, q.fake_quantize(load(x[begin + i])));
+    if (streaming) stream(y + begin, buffer, m * sizeof(Y));
+  }
 }
 
 template <class X, class Y>
@@ -32,18 +40,22 @@ QK_VECTORIZED void quantize_columns(
 
 template <bool AtenEdge, class X, class G>
 QK_VECTORIZED void gradient_row(
-    const G* grad, const X* x, X* grad_x, int64_t n, Quantizer q, double* scale_sum, double* offset_sum) {
+    const G* grad, const X* x, X* grad_x, int64_t n, Quantizer q, bool streaming, double* scale_sum,
+    double* offset_sum) {
+  alignas(64) X buffer[kLaneBlock];
   double scale_total = 0, offset_total = 0;
   for (int64_t begin = 0; begin < n; begin += kLaneBlock) {
-    const int64_t end = begin + kLaneBlock < n ? begin + kLaneBlock : n;
+    const int64_t m = begin + kLaneBlock < n ? kLaneBlock : n - begin;
+    X* out = streaming ? buffer : grad_x + begin;
     float scale_lane = 0, offset_lane = 0;
 #pragma omp simd reduction(+ : scale_lane, offset_lane)
-    for (int64_t i = begin; i < end; ++i) {
-      const Gradient g = gradient<AtenEdge>(q, load(x[i]), load(grad[i]));
-      store(grad_x + i, g.x);
+    for (int64_t i = 0; i < m; ++i) {
+      const Gradient g = gradient<AtenEdge>(q, load(x[begin + i]), load(grad[begin + i]));
+      store(out + i, g.x);
       scale_lane += g.scale;
       offset_lane += g.offset;
     }
+    if (streaming) stream(grad_x + begin, buffer, m * sizeof(X));
     scale_total += scale_lane;
     offset_total += offset_lane;
   }
@@ -103,8 +115,16 @@ std::vector<ColumnQuantizers> column_quantizers(const std::vector<Job>& jobs) {
   return {jobs.begin(), jobs.end()};
 }
 
+// Whether the results of all jobs together outgrow the caches.
+bool too_large_to_cache(const std::vector<Job>& jobs, int64_t element_bytes) {
+  int64_t bytes = 0;
+  for (const Job& job : jobs) bytes += job.walk.units() * job.walk.unit_elements() * element_bytes;
+  return bytes > kStreamedBytes;
+}
+
 template <class X, class Y>
 void forward(const std::vector<Job>& jobs) {
+  const bool streaming = too_large_to_cache(jobs, sizeof(Y));
   const std::vector<Block> blocks = cut(walks(jobs));
   const std::vector<ColumnQuantizers> columns = column_quantizers(jobs);
   run_blocks(blocks, [&](int64_t i) {
@@ -115,7 +135,7 @@ void forward(const std::vector<Job>& jobs) {
       Y* y = static_cast<Y*>(job.out) + job.walk.begin(unit);
       const int64_t n = job.walk.length(unit);
       if (job.walk.by_rows)
-        quantize_row(x, y, n, job.quantizer(job.walk.channel(unit)));
+        quantize_row(x, y, n, job.quantizer(job.walk.channel(unit)), streaming);
       else
         quantize_columns(x, y, n, column.scale.data(), column.offset.data(), job.qmin, job.qmax);
     }
@@ -128,6 +148,7 @@ struct Sums {
 
 template <bool AtenEdge, class X, class G>
 std::vector<Sums> backward(const std::vector<Job>& jobs) {
+  const bool streaming = too_large_to_cache(jobs, sizeof(X));
   const std::vector<Block> blocks = cut(walks(jobs));
   const std::vector<ColumnQuantizers> columns = column_quantizers(jobs);
   std::vector<int64_t> first_block(jobs.size(), 0), block_count(jobs.size(), 0);
@@ -149,7 +170,7 @@ std::vector<Sums> backward(const std::vector<Job>& jobs) {
       X* grad_x = static_cast<X*>(job.out) + begin;
       if (job.walk.by_rows)
         gradient_row<AtenEdge>(
-            grad, x, grad_x, n, job.quantizer(job.walk.channel(unit)), &sums[j].scale.unit(unit),
+            grad, x, grad_x, n, job.quantizer(job.walk.channel(unit)), streaming, &sums[j].scale.unit(unit),
             &sums[j].offset.unit(unit));
       else
         gradient_columns<AtenEdge>(
