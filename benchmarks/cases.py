@@ -50,14 +50,24 @@ def weights_of_resnet50(rounds: int) -> dict[str, dict[str, float]]:
 
         return run
 
-    contenders: dict[str, Callable[[], list[Tensor]]] = {"fake_quantize_multi": ours}
-    contenders |= {name: layer_by_layer(quantize) for name, quantize in PEERS.items()}
+    outputs = [torch.empty_like(w) for w in weights]
+
+    @torch.no_grad()
+    def traffic() -> None:
+        for out, weight in zip(outputs, weights, strict=True):  # forward: one read, one write
+            out.copy_(weight)
+        for out, weight, grad in zip(outputs, weights, upstream, strict=True):  # backward: two reads, one write
+            torch.add(weight, grad, out=out)
+
+    quantizing: dict[str, Callable[[], list[Tensor]]] = {"fake_quantize_multi": ours}
+    quantizing |= {name: layer_by_layer(quantize) for name, quantize in PEERS.items()}
     expected, gradients = ours(), [w.grad for w in weights]
-    for name, run in contenders.items():
+    for name, run in quantizing.items():
         _check_same(expected, run(), name)
         # PyTorch's op decides the edge of the range after rounding; the others must agree on gradients.
         if name != "native op":
             _check_same([g for g in gradients if g is not None], [w.grad for w in weights if w.grad is not None], name)
+    contenders: dict[str, Callable[[], object]] = {**quantizing, "copy_, add: same traffic": traffic}
     return summary(interleaved(contenders, rounds), "fake_quantize_multi")
 
 
