@@ -1,6 +1,7 @@
 """The ops as PyTorch sees them: schemas, fakes, autograd, vmap, compile, export, AMP, and the errors users get."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,6 +347,27 @@ def test_memory_format_is_kept(memory_format):
     y = qk.fake_quantize(x, torch.full((3,), 0.1), -8, 7, axis=1)
     y.sum().backward()
     assert y.is_contiguous(memory_format=memory_format) and x.grad.is_contiguous(memory_format=memory_format)
+
+
+def available_gib():
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) / 2**20
+    return 0
+
+
+@pytest.mark.skipif(available_gib() < 16, reason="needs 16 GiB of free memory")
+def test_more_elements_than_32_bits_count():
+    x = torch.zeros(2**31 + 40, dtype=torch.bfloat16)
+    x[5], x[-3:] = 0.25, torch.tensor([1.0, -2.0, 100.0])
+    scale = torch.tensor(0.5)
+    y = qk.fake_quantize(x, scale, -8, 7)
+    assert y[-3:].tolist() == [1, -2, 3.5] and y.count_nonzero() == 3  # 0.25 / 0.5 is a tie: to even
+    del y
+    grad_x, grad_scale, _ = ops.fake_quantize_backward(x, x, scale, None, -8, 7, None, 1.0, False, True)
+    assert grad_x[-3:].tolist() == [1, -2, 0]
+    assert grad_scale.item() == 100 * 7 + 0.25 * (0 - 0.5)
+    assert (qk.mean_abs(x) * x.numel()).item() == pytest.approx(103.25, rel=1e-6)
 
 
 def test_init_scale_is_lsqs_and_never_zero():
