@@ -349,6 +349,24 @@ def test_memory_format_is_kept(memory_format):
     assert y.is_contiguous(memory_format=memory_format) and x.grad.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_too_large_for_the_caches(dtype):
+    """Such results are written another way; odd rows start at every alignment."""
+    x, grad = torch.randn(7, 1_300_001).to(dtype), torch.randn(7, 1_300_001).to(dtype)
+    scale = torch.rand(7) * 0.1 + 0.1
+    arguments = (scale, None, -8, 7, 0, 1.0, False)
+    y = ops.fake_quantize(x, *arguments, dtype)
+    assert torch.equal(y, qk.backends.reference.fake_quantize(x, *arguments, dtype))
+    grad_x, grad_scale, _ = ops.fake_quantize_backward(grad, x, *arguments, True)
+    expected = qk.backends.reference.fake_quantize_backward(grad, x, *arguments, True)
+    assert torch.equal(grad_x, expected[0])
+    # float64 may put a few elements on the other side of an edge, each worth a few units of sums of millions of terms.
+    exact = qk.backends.reference.fake_quantize_backward(
+        grad.double(), x.double(), scale.double(), *arguments[1:], True
+    )
+    torch.testing.assert_close(grad_scale.double(), exact[1], rtol=1e-3, atol=10)
+
+
 def available_gib():
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
