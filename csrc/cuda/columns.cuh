@@ -1,6 +1,6 @@
-// "Columns" access: few neighbouring elements share a scale (channels last: inner = 1). A tensor seen as
+// "Columns" access: few neighboring elements share a scale (channels last: inner = 1). A tensor seen as
 // [outer, channels, inner] is walked as a matrix of `outer` rows and channels * inner columns; a thread keeps N
-// neighbouring columns, their scales and their sums in registers, and walks down the rows.
+// neighboring columns, their scales and their sums in registers, and walks down the rows.
 #pragma once
 
 #include <cstdint>

@@ -12,7 +12,7 @@ struct Matrix : Arguments {
   Columns columns;
 };
 
-// The quantizers of N neighbouring columns. What lies past the last column is never used.
+// The quantizers of N neighboring columns. What lies past the last column is never used.
 template <int N>
 struct ColumnQuantizers {
   Quantizer at[N];

@@ -10,7 +10,7 @@ namespace qkernels::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// The sum of each v[i] over a group of threads: `group` is 1, 2, ... 32 neighbouring lanes, or kThreads for the block.
+// The sum of each v[i] over a group of threads: `group` is 1, 2, ... 32 neighboring lanes, or kThreads for the block.
 // All threads of the block must call it, once in a kernel. The first thread of a group gets the sum.
 template <int kSums, typename T>
 __device__ __forceinline__ void group_sum(T (&v)[kSums], int group) {

@@ -1,4 +1,4 @@
-// "Rows" access: `inner` neighbouring elements share a scale. A tensor seen as [outer, channels, inner] is walked row
+// "Rows" access: `inner` neighboring elements share a scale. A tensor seen as [outer, channels, inner] is walked row
 // by row, where row (o, c) is the elements [(o * channels + c) * inner, + inner). A weight with one scale an output
 // channel is [1, C, rest]; a tensor with one scale in all is one long row.
 //

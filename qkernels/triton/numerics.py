@@ -28,7 +28,7 @@ def grid(x, scale, offset):
 
 @triton.jit
 def code(v, qmin, qmax):
-    """round(clamp(v)) to the even neighbour; NaN passes through both comparisons."""
+    """round(clamp(v)) to the even neighbor; NaN passes through both comparisons."""
     v = tl.where(v < qmin, qmin, v)
     v = tl.where(v > qmax, qmax, v)
     return (v + _ROUNDING) - _ROUNDING
@@ -57,7 +57,7 @@ def scale_term(v, inside, grad, qmin, qmax):
 def inside_bounds(qmin: int, qmax: int, aten_edge: bool) -> tuple[float, float]:
     """The least and largest float32 v that count as inside [qmin, qmax]: before rounding, or for `aten_edge` after it.
 
-    q + 0.5 rounds to q where q is even, and to its other neighbour where q is odd: then the next float32 towards q.
+    q + 0.5 rounds to q where q is even, and to its other neighbor where q is odd: then the next float32 towards q.
     """
     if not aten_edge:
         return float(qmin), float(qmax)

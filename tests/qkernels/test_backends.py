@@ -267,7 +267,7 @@ def test_mean_abs_passes_nan():
 
 
 @pytest.mark.parametrize("qmin, qmax", [*RANGES, (-1, 0), (0, 1), (-3, -1), (1, 2), (4194301, 4194303)])
-def test_aten_edge_between_neighbouring_floats(qmin, qmax):
+def test_aten_edge_between_neighboring_floats(qmin, qmax):
     """Inside is decided on round(v): exactly so on the floats next to every rounding boundary."""
     edges = np.array([q + d for q in (qmin, qmax) for d in (-1, -0.5, 0, 0.5, 1)], np.float32)
     v = np.concatenate([edges, np.nextafter(edges, np.float32(np.inf)), np.nextafter(edges, np.float32(-np.inf))])
