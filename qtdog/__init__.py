@@ -3,7 +3,7 @@
 import os
 
 # Read when PyTorch loads its OpenMP. Where something else wants a core too, threads that spin at the end of every
-# parallel loop make a step of a small network take 25 times as long as threads that sleep.
+# parallel loop make a step of a small network take many times as long as threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from qtdog.errors import UserError
