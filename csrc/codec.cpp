@@ -17,50 +17,51 @@ namespace {
 
 using Codes = py::array_t<uint8_t, py::array::c_style>;
 
-int64_t packed_bytes(int64_t codes, int bits) {
-  int64_t bytes = 0;
-  for (int from = 0; from < bits; from += qkernels::plane_width(bits, from))
-    bytes += qkernels::plane_bytes(codes, qkernels::plane_width(bits, from));
-  return bytes;
-}
+constexpr int kChunk = qkernels::kChunkCodes, kBlock = qkernels::kBlockCodes;
 
 void check_bits(int bits) {
   if (bits < 2 || bits > 8) throw py::value_error("bits must be 2..8, got " + std::to_string(bits));
 }
 
+// Calls visit(index of the code, its byte, the shift of its bits there, the lowest of them, a mask) for every plane.
+template <class Visit>
+void visit_codes(int64_t count, int bits, const Visit& visit) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t block = i / kBlock * kChunk * bits;
+    const int chunk = i % kBlock / kChunk, t = i % kChunk;
+    for (int from = 0, width = 0; from < bits; from += width) {
+      width = qkernels::plane_width(bits, from);
+      visit(i, block + kChunk * (from + chunk % width) + t, width * (chunk / width), from, (1 << width) - 1);
+    }
+  }
+}
+
 Codes pack(const Codes& codes, int bits) {
   check_bits(bits);
-  const int64_t n = codes.size();
-  Codes packed(packed_bytes(n, bits));
+  Codes packed(qkernels::packed_bytes(codes.size(), bits));
   const uint8_t* in = codes.data();
-  uint8_t* plane = packed.mutable_data();
-  std::memset(plane, 0, packed.nbytes());
-  for (int from = 0, width = 0; from < bits; from += width) {
-    width = qkernels::plane_width(bits, from);
-    const int per_byte = 8 / width, mask = (1 << width) - 1;
-    for (int64_t i = 0; i < n; ++i) plane[i / per_byte] |= ((in[i] >> from) & mask) << (i % per_byte * width);
-    plane += qkernels::plane_bytes(n, width);
-  }
+  uint8_t* out = packed.mutable_data();
+  std::memset(out, 0, packed.nbytes());
+  visit_codes(codes.size(), bits, [&](int64_t i, int64_t byte, int shift, int from, int mask) {
+    out[byte] |= ((in[i] >> from) & mask) << shift;
+  });
   return packed;
 }
 
 Codes unpack(const Codes& packed, int bits, int64_t count) {
   check_bits(bits);
   // The division bounds `count` before any size is computed from it.
-  if (count < 0 || count / 8 > packed.size() || packed_bytes(count, bits) != packed.size())
+  if (count < 0 || count / 8 > packed.size() || qkernels::packed_bytes(count, bits) != packed.size())
     throw py::value_error(
         std::to_string(packed.size()) + " packed bytes do not hold " + std::to_string(count) + " codes of " +
         std::to_string(bits) + " bits");
   Codes codes(count);
-  const uint8_t* plane = packed.data();
+  const uint8_t* in = packed.data();
   uint8_t* out = codes.mutable_data();
   std::memset(out, 0, count);
-  for (int from = 0, width = 0; from < bits; from += width) {
-    width = qkernels::plane_width(bits, from);
-    const int per_byte = 8 / width, mask = (1 << width) - 1;
-    for (int64_t i = 0; i < count; ++i) out[i] |= ((plane[i / per_byte] >> (i % per_byte * width)) & mask) << from;
-    plane += qkernels::plane_bytes(count, width);
-  }
+  visit_codes(count, bits, [&](int64_t i, int64_t byte, int shift, int from, int mask) {
+    out[i] |= ((in[byte] >> shift) & mask) << from;
+  });
   return codes;
 }
 

@@ -75,20 +75,22 @@ QK_INLINE Gradient gradient(const Quantizer& q, float x, float upstream) {
   return {inside ? upstream : 0.0f, upstream * (q.code(v) - (inside ? v : 0.0f)), inside ? 0.0f : upstream};
 }
 
-// Packed codes lie in bit planes of 4, 2 and 1 bits, widest first (7 = 4+2+1, 8 = 4+4), so that a kernel reads aligned
-// words at any width. A plane holds the same bits of every code, 8 / width codes a byte, the first in the lowest bits;
-// it is padded with zeros to a multiple of 16 bytes. The lowest bits of a code are in the widest plane.
-constexpr int kPlaneAlignment = 16;
+// Packed codes (docs/format.md): blocks of 256 codes, eight chunks of 32. A block of b-bit codes is 32 * b bytes, cut
+// into planes of 4, 2 and 1 bits, widest first (7 = 4+2+1, 8 = 4+4); the lowest bits of a code are in the first plane.
+// The plane that starts at bit `from` begins at byte 32 * from of the block and, at width w, has w rows of 32 bytes:
+// code t of chunk j is in byte t of row j % w, shifted by w * (j / w). So 32 successive codes are 32 successive bytes
+// of each plane under one shift, and every row starts at a multiple of 32 bytes, at any number of bits.
+constexpr int kChunkCodes = 32;
+constexpr int kBlockCodes = 256;
 
 // The width of the plane that starts at bit `from` of a `bits`-bit code.
-QK_INLINE int plane_width(int bits, int from) {
+QK_INLINE constexpr int plane_width(int bits, int from) {
   const int left = bits - from;
   return left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-QK_INLINE int64_t plane_bytes(int64_t codes, int width) {
-  const int64_t bytes = (codes * width + 7) / 8;
-  return (bytes + kPlaneAlignment - 1) / kPlaneAlignment * kPlaneAlignment;
+QK_INLINE int64_t packed_bytes(int64_t codes, int bits) {
+  return (codes + kBlockCodes - 1) / kBlockCodes * kChunkCodes * bits;
 }
 
 }  // namespace qkernels

@@ -7,13 +7,18 @@ from .convert import (
     add_scales_,
     dequantize_,
     fuse_weights_,
+    named_scales,
     packed_nbytes,
     param_groups,
     quantize_,
     register_layer,
+    snap_,
 )
+from .inference import PackedEnsemble
 from .layers import QConv2d, QLinear
 from .ops import fake_quantize, fake_quantize_multi, mean_abs
+from .packed_layers import PackedConv2d, PackedLinear
+from .packed_ops import pack, unpack
 from .quantizers import init_scale
 
 backends.load()
@@ -31,8 +36,10 @@ __all__ = [
     "fuse_weights_",
     "init_scale",
     "mean_abs",
+    "named_scales",
     "packed_nbytes",
     "param_groups",
     "quantize_",
     "register_layer",
+    "snap_",
 ]

@@ -13,14 +13,16 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import reference
-from .ops import NAMESPACE, SCHEMAS
+from . import ops, packed_ops, reference
+from .ops import NAMESPACE
 
+SCHEMAS = ops.SCHEMAS | packed_ops.SCHEMAS
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 TRITON_MODULES = {  # the file of qkernels/triton that holds each op
     "fake_quantize": "fake_quantize",
@@ -28,7 +30,15 @@ TRITON_MODULES = {  # the file of qkernels/triton that holds each op
     "fake_quantize_multi": "fake_quantize_multi",
     "fake_quantize_multi_backward": "fake_quantize_multi",
     "mean_abs": "mean_abs",
+    "pack": "packing",
+    "unpack": "packing",
+    "quantize": "packing",
+    "dequantize_packed": "packing",
+    "packed_conv2d": "packed_conv2d",
+    "packed_conv2d_int8": "packed_conv2d",
+    "packed_gemv": "packed_conv2d",
 }
+NOT_IN_CUDA = ("packed_conv2d", "packed_conv2d_int8")  # convolutions run on tensor cores through Triton alone
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ def library_path(name: str) -> Path | None:
     return path if path.exists() else None
 
 
+@cache
 def _load(backend: str) -> str | None:
     """Load what `backend` needs. Returns None, or what is missing and the way out."""
     if backend in ("cpp", "cuda"):
@@ -77,21 +88,20 @@ def _load(backend: str) -> str | None:
     return None
 
 
-def _serve(device: str, key: str, backend: str, reason: str) -> None:
-    for op in SCHEMAS:
-        if backend == "triton":
-            # Triton is imported at the first launch: importing it costs more than the rest of the package.
-            _library.impl(op, lambda *args, op=op: implementation(op, "triton")(*args), key)
-        elif backend == "reference":
-            _library.impl(op, implementation(op, "reference"), key)
-        _served.append(Served(op, device, backend, reason))
+def _serve(op: str, device: str, key: str, backend: str, reason: str) -> None:
+    if backend == "triton":
+        # Triton is imported at the first launch: importing it costs more than the rest of the package.
+        _library.impl(op, lambda *args: implementation(op, "triton")(*args), key)
+    elif backend == "reference":
+        _library.impl(op, implementation(op, "reference"), key)
+    _served.append(Served(op, device, backend, reason))
 
 
-def _choose(candidates: tuple[str, ...]) -> tuple[str, str]:
+def _choose(candidates: tuple[str, ...], op: str) -> tuple[str, str]:
     """The first backend that is there, and why those before it are not."""
     missing: list[str] = []
     for backend in candidates:
-        why = _load(backend)
+        why = f"{op} is not written in C++/CUDA" if backend == "cuda" and op in NOT_IN_CUDA else _load(backend)
         if why is None:
             return backend, "; ".join(missing) or "fastest here"
         missing.append(f"{backend}: {why}")
@@ -112,12 +122,13 @@ def load() -> None:
         "cpu": forced in ("cpp", "reference") or (forced == "triton" and interpreted),
         "cuda": forced in ("cuda", "triton", "reference"),
     }
-    for device, key, candidates in (("cpu", "CPU", ("cpp",)), ("cuda", "CUDA", ("cuda", "triton"))):
-        if forced is not None and forced_on[device]:
-            _serve(device, key, forced, "QKERNELS_BACKEND")
-        else:
-            _serve(device, key, *_choose(candidates))
-    _serve("other", "CompositeExplicitAutograd", "reference", "only plain PyTorch runs everywhere")
+    for op in SCHEMAS:
+        for device, key, candidates in (("cpu", "CPU", ("cpp",)), ("cuda", "CUDA", ("cuda", "triton"))):
+            if forced is not None and forced_on[device] and not (forced == "cuda" and op in NOT_IN_CUDA):
+                _serve(op, device, key, forced, "QKERNELS_BACKEND")
+            else:
+                _serve(op, device, key, *_choose(candidates, op))
+        _serve(op, "other", "CompositeExplicitAutograd", "reference", "only plain PyTorch runs everywhere")
 
 
 def report() -> list[Served]:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .layers import QConv2d, QLinear, QuantizedWeight, weight_dtype
+from . import packed_ops
+from .layers import QConv2d, QLinear, QuantizedWeight, multiply_dtype
 from .ops import fake_quantize_multi
-from .quantizers import LSQ, GradScale, Granularity, positive_scale
+from .quantizers import INQ, LSQ, ActivationLSQ, GradScale, Granularity, positive_scale
 
 LayerPolicy = Literal["same", "float"] | int
 
@@ -25,20 +26,29 @@ class QConfig:
 
     Args:
         weight_bits: 2..8.
+        act_bits: of each quantized layer's input, 2..8; None leaves activations float.
+        act_signed: whether the codes of an input have a sign; None lets the first training batch decide for each layer
+            (unsigned if nothing in it is negative, as after ReLU).
+        quantizer: of weights, "lsq" (learned scales) or "inq" (powers of two, see `INQ` and `snap_`).
         granularity: one weight scale an output "channel", or one a "tensor".
-        narrow: leave out the least code, for a symmetric range.
-        learn_scale: False keeps the scales where they started.
-        grad_scale: the N of LSQ's gradient factor, see `LSQ`.
-        first_layer, last_layer: "same" as the others, "float", or their own number of bits; first and last by the
-            order in which the model registers its layers. The default is QT-DoG's: only the classifier stays float.
-        overrides: layer name, or "re:" and a pattern for `re.fullmatch`, to bits, a QConfig, or None for float. An
-            exact name goes before a pattern, an earlier pattern before a later one, and all before first and last.
+        narrow: leave out the least weight code, for a symmetric range; INQ's is symmetric anyway.
+        learn_scale: False keeps the scales where they started; INQ's always stay.
+        grad_scale: the N of LSQ's gradient factor for weights, see `LSQ`.
+        first_layer, last_layer: "same" as the others, "float", or their own number of bits, which is that of their
+            input too where `act_bits` is given; first and last by the order in which the model registers its layers.
+            The default is QT-DoG's: only the classifier stays float.
+        overrides: layer name, or "re:" and a pattern for `re.fullmatch`, to bits (as for the first layer), a QConfig,
+            or None for float. An exact name goes before a pattern, an earlier pattern before a later one, and all
+            before first and last.
 
     Raises:
         ValueError: for bits outside 2..8 or an unknown choice.
     """
 
     weight_bits: int = 7
+    act_bits: int | None = None
+    act_signed: bool | None = None
+    quantizer: Literal["lsq", "inq"] = "lsq"
     granularity: Granularity = "channel"
     narrow: bool = False
     learn_scale: bool = True
@@ -50,6 +60,9 @@ class QConfig:
     def __post_init__(self) -> None:
         choices: dict[str, tuple[Any, ...]] = {
             "weight_bits": tuple(range(2, 9)),
+            "act_bits": (None, *range(2, 9)),
+            "act_signed": (None, False, True),
+            "quantizer": ("lsq", "inq"),
             "granularity": ("channel", "tensor"),
             "grad_scale": ("tensor", "scale", "none"),
             "first_layer": ("same", "float", *range(2, 9)),
@@ -64,8 +77,13 @@ class QConfig:
             if chosen[name] not in allowed:
                 raise ValueError(f"QConfig: {name}={chosen[name]!r}; choose one of {allowed}")
 
-    def quantizer(self) -> LSQ:
+    def weight_quantizer(self) -> LSQ | INQ:
+        if self.quantizer == "inq":
+            return INQ(self.weight_bits, self.granularity)
         return LSQ(self.weight_bits, self.granularity, self.narrow, self.learn_scale, self.grad_scale)
+
+    def act_quantizer(self) -> ActivationLSQ | None:
+        return None if self.act_bits is None else ActivationLSQ(self.act_bits, self.act_signed, self.learn_scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON and YAML."""
@@ -89,6 +107,7 @@ class QuantizedLayer:
     shape: tuple[int, ...]
     bits: int
     granularity: str
+    act_bits: int | None
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ class QuantizationReport:
         width = max([len(layer.name) for layer in self.quantized] + [len(name) for name in self.skipped])
         lines = [
             f"{layer.name:{width}}  {layer.type:12} {'x'.join(map(str, layer.shape)):>16}  "
-            f"{layer.bits} bit per {layer.granularity}"
+            f"{layer.bits} bit per {layer.granularity}" + (f", input {layer.act_bits} bit" if layer.act_bits else "")
             for layer in self.quantized
         ]
         lines += [f"{name:{width}}  float: {reason}" for name, reason in self.skipped.items()]
@@ -119,8 +138,8 @@ class QuantizationReport:
 def register_layer(float_type: type[nn.Module], quantized_type: type[QuantizedWeight]) -> None:
     """Let `quantize_` turn layers of exactly `float_type` into `quantized_type`.
 
-    `quantized_type` derives from `QuantizedWeight` and `float_type`, and calls `self.quantized_weight()` in its
-    forward where the float type uses `self.weight`; see `qkernels/timm_layers.py`.
+    `quantized_type` derives from `QuantizedWeight` and `float_type`, and in its forward takes `self.quantized_weight()`
+    where the float type uses `self.weight`, and `self.quantized_input(x)` for x; see `qkernels/timm_layers.py`.
     """
     if not (issubclass(quantized_type, QuantizedWeight) and issubclass(quantized_type, float_type)):
         raise TypeError(
@@ -172,7 +191,10 @@ def _layer_config(config: QConfig, layer: LayerPolicy | QConfig | None) -> QConf
         return None
     if isinstance(layer, QConfig):
         return layer
-    return config if layer == "same" else replace(config, weight_bits=int(layer))
+    if layer == "same":
+        return config
+    bits = int(layer)
+    return replace(config, weight_bits=bits, act_bits=None if config.act_bits is None else bits)
 
 
 def quantize_(
@@ -180,8 +202,10 @@ def quantize_(
 ) -> QuantizationReport:
     """Turn the convolutions and linear layers of `model` into quantized ones, in place.
 
-    Modules and Parameters stay the same objects, so references, hooks and an optimizer's state survive; only
-    `weight_scale` is new (see `add_scales_`). Call it before wrapping the model in DistributedDataParallel.
+    Modules and Parameters stay the same objects, so references, hooks and an optimizer's state survive; new are only
+    `weight_scale` and, with `act_bits`, `act_scale` (see `add_scales_`). The scale of an input starts from the first
+    batch in training mode, in a distributed run from the parts of all processes together. Call `quantize_` before
+    wrapping the model in DistributedDataParallel.
 
     Args:
         model: any module; also a single nn.Conv2d or nn.Linear, which is then quantized whatever the first and last
@@ -233,14 +257,15 @@ def quantize_(
         # Changing the class keeps the module's identity: names, hooks, Parameters and other references to it.
         module.__class__ = candidates[name]
         assert isinstance(module, QuantizedWeight)
-        module.quantize_weight_(layer_config.quantizer())
+        module.quantize_weight_(layer_config.weight_quantizer())
+        module.quantize_input_(layer_config.act_quantizer())
     return QuantizationReport(model, list(_describe(model)), skipped, packed_nbytes(model))
 
 
 def _describe(model: nn.Module) -> Iterator[QuantizedLayer]:
     for name, m in quantized_layers(model):
-        q = m.weight_quantizer
-        yield QuantizedLayer(name, m.float_type.__name__, tuple(m.weight.shape), q.bits, q.granularity)
+        q, act_bits = m.weight_quantizer, m.act_quantizer.bits if m.act_quantizer else None
+        yield QuantizedLayer(name, m.float_type.__name__, tuple(m.weight.shape), q.bits, q.granularity, act_bits)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -249,20 +274,24 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
-    """Back to plain layers, in place: each weight becomes its dequantized value and the scales go. Returns `model`."""
+    """Back to plain layers, in place: each weight becomes its dequantized value and the scales go. Returns `model`.
+
+    Inputs are no longer quantized either, so where they were the outputs change.
+    """
     for _, layer in list(quantized_layers(model)):
-        layer.dequantize_weight_()
+        layer.dequantize_()
         layer.__class__ = layer.float_type  # type: ignore[assignment]
     return model
 
 
 def _fuse(model: nn.Module, args: Any) -> None:
-    groups: dict[Any, list[QuantizedWeight]] = {}
+    groups: dict[Any, list[tuple[QuantizedWeight, LSQ]]] = {}
     for _, layer in quantized_layers(model):
-        key = (layer.weight_quantizer.axis, layer.weight.device, layer.weight.dtype)
-        groups.setdefault(key, []).append(layer)
-    for (axis, _, _), layers in groups.items():
-        quantizers = [layer.weight_quantizer for layer in layers]
+        if isinstance(layer.weight_quantizer, LSQ):
+            key = (layer.weight_quantizer.axis, layer.weight.device, layer.weight.dtype)
+            groups.setdefault(key, []).append((layer, layer.weight_quantizer))
+    for (axis, _, _), members in groups.items():
+        layers, quantizers = zip(*members, strict=True)
         weights = fake_quantize_multi(
             [layer.weight for layer in layers],
             [positive_scale(layer.weight_scale) for layer in layers],
@@ -270,7 +299,7 @@ def _fuse(model: nn.Module, args: Any) -> None:
             [q.range[1] for q in quantizers],
             axis,
             [q.grad_factor(layer.weight) for q, layer in zip(quantizers, layers, strict=True)],
-            weight_dtype(layers[0].weight),
+            multiply_dtype(layers[0].weight),
         )
         for layer, weight in zip(layers, weights, strict=True):
             layer.fused_weight = weight
@@ -282,7 +311,7 @@ def _unfuse(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def fuse_weights_(model: nn.Module) -> nn.Module:
-    """From now on fake-quantize all weights of `model` in one kernel call at the start of each of its forwards.
+    """From now on fake-quantize all LSQ weights of `model` in one kernel call at the start of each of its forwards.
 
     Same numbers as layer by layer, fewer launches. Call it on the module whose forward you call (inside
     DistributedDataParallel: the inner one), any time after or before `quantize_`, once. Returns `model`.
@@ -293,9 +322,47 @@ def fuse_weights_(model: nn.Module) -> nn.Module:
     return model
 
 
+def named_scales(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the state dict, learned scale) of each quantized weight and input of `model`."""
+    for name, layer in quantized_layers(model):
+        for kind in ("weight_scale", "act_scale"):
+            scale = getattr(layer, kind, None)
+            if scale is not None and scale.requires_grad:
+                yield f"{name}.{kind}" if name else kind, scale
+
+
 def scales(model: nn.Module) -> list[nn.Parameter]:
-    """The learned scales of `model`."""
-    return [layer.weight_scale for _, layer in quantized_layers(model) if layer.weight_scale.requires_grad]
+    """The learned scales of `model`, of weights and inputs."""
+    return [scale for _, scale in named_scales(model)]
+
+
+@torch.no_grad()
+def snap_(model: nn.Module, fraction: float) -> None:
+    """Freeze more weights of every INQ layer at their levels, the largest free ones first.
+
+    Args:
+        fraction: share in 0..1 of each layer's weights that is frozen afterwards; those frozen already stay, also where
+            `fraction` is less than before. The paper's schedule is .5, .75, .875, 1.
+
+    Raises:
+        ValueError: for a fraction outside 0..1, or a model without an INQ layer.
+
+    Source: Zhou et al. 2017, pruning-inspired partition.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"snap_: fraction must lie in 0..1, got {fraction}")
+    layers = [layer for _, layer in quantized_layers(model) if isinstance(layer.weight_quantizer, INQ)]
+    if not layers:
+        raise ValueError('snap_: the model has no INQ layer; see QConfig(quantizer="inq")')
+    for layer in layers:
+        assert isinstance(layer.weight_quantizer, INQ)
+        weight, frozen = layer.weight.detach(), layer.weight_frozen
+        more = round(fraction * weight.numel()) - int(frozen.isfinite().sum())
+        if more > 0:
+            magnitude = torch.where(frozen.isinf(), weight.abs(), -1).flatten()
+            largest = magnitude.argsort(descending=True, stable=True)[:more]
+            chosen = torch.zeros_like(magnitude, dtype=torch.bool).index_fill_(0, largest, True).view_as(weight)
+            frozen.copy_(torch.where(chosen, layer.weight_quantizer.snap(weight, layer.weight_scale), frozen))
 
 
 def param_groups(
@@ -338,9 +405,15 @@ def add_scales_(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float | 
 
 
 def packed_nbytes(model: nn.Module) -> int:
-    """Bytes of `model` with each quantized weight at its bits, and everything else as it is in memory."""
+    """Bytes of `model` with each quantized weight at its bits, and everything else as it is in memory.
+
+    The bookkeeping of INQ, which its weights no longer need when all are frozen, does not count.
+    """
     bits = {id(layer.weight): layer.weight_quantizer.bits for _, layer in quantized_layers(model)}
     tensors: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    for _, layer in quantized_layers(model):
+        if isinstance(layer.weight_quantizer, INQ):
+            del tensors[id(layer.weight_frozen)]
     return sum(
-        -(-t.numel() * bits[key] // 8) if key in bits else t.numel() * t.element_size() for key, t in tensors.items()
+        packed_ops.packed_nbytes(t.numel(), bits[key]) if key in bits else t.nbytes for key, t in tensors.items()
     )

@@ -10,10 +10,10 @@ from .layers import QuantizedWeight
 
 
 class QConv2dSame(QuantizedWeight, Conv2dSame):
-    """timm's Conv2dSame (TensorFlow's padding, computed from the input's size) with a fake-quantized weight."""
+    """timm's Conv2dSame (TensorFlow's padding, computed from the input's size), weight and input fake-quantized."""
 
     float_type = Conv2dSame
 
     def forward(self, x: Tensor) -> Tensor:
         geometry: dict[str, Any] = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
-        return conv2d_same(x, self.quantized_weight(), self.bias, **geometry)
+        return conv2d_same(self.quantized_input(x), self.quantized_weight(), self.bias, **geometry)

@@ -1,0 +1,259 @@
+"""PackedEnsemble: the fused graph of all members gives what the fake-quantized models give."""
+
+import copy
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qkernels as qk
+
+timm = pytest.importorskip("timm")
+
+
+def with_statistics(model):
+    """Batch norms that do something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model
+
+
+def members(make, bits=(7, 7, 5), **config):
+    models = []
+    for seed, b in enumerate(bits):
+        torch.manual_seed(seed)
+        model = with_statistics(make())
+        qk.quantize_(model, qk.QConfig(weight_bits=b, **config))
+        models.append(model.eval())
+    return models
+
+
+def logits_of(models, x):
+    with torch.no_grad():
+        return torch.stack([model(x) for model in models])
+
+
+def assert_same_logits(ensemble, models, x):
+    expected = logits_of(models, x)
+    got = ensemble.member_logits(x)
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+    torch.testing.assert_close(ensemble(x), got.mean(0))
+    return got
+
+
+class Small(nn.Module):
+    """Convolutions, batch norm, a residual and an activation; `body` is what happens between."""
+
+    def __init__(self, body=lambda self, x: x):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, 4)
+        self.body = body
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.body(self, x)
+        return self.head(self.norm(self.conv2(x) + x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "name, size, in_other_layers",
+    [
+        ("resnet18", 32, (20, 8, 17)),
+        ("tf_efficientnet_lite0", 32, (49, 9, 33)),
+        ("convnext_atto", 32, (0, 0, 0)),
+        ("mobilenetv3_small_100", 32, (34, 6, 14)),
+    ],
+)
+def test_timm_models(name, size, in_other_layers):
+    models = members(lambda: timm.create_model(name, num_classes=7))
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert_same_logits(ensemble, models, torch.randn(2, 3, size, size))
+    report = ensemble.report
+    assert report.in_turn is None
+    assert (len(report.batch_norms), len(report.residuals), len(report.activations)) == in_other_layers
+
+
+def test_a_vision_transformer():
+    models = members(
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", num_classes=7, img_size=32, depth=2, embed_dim=48, num_heads=3
+        )
+    )
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert ensemble.report.in_turn is None and len(ensemble.report.residuals) == 4
+    assert_same_logits(ensemble, models, torch.randn(3, 3, 32, 32))
+
+
+@pytest.mark.parametrize("first, last", [("same", "float"), ("float", "same"), (8, 8)])
+def test_layers_may_stay_float(first, last):
+    models = members(Small, first_layer=first, last_layer=last)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert_same_logits(ensemble, models, torch.randn(2, 3, 8, 8))
+    floating = [name for name, kept in (("conv1", first), ("head", last)) if kept == "float"]
+    assert ensemble.report.floating == floating
+    for word in ("packed", "fused: 1 batch norms", "residual"):
+        assert word in str(ensemble.report)
+
+
+def test_the_models_are_left_as_they_were():
+    models = members(Small)
+    models[1].train()
+    state = copy.deepcopy(models[0].state_dict())
+    qk.PackedEnsemble.from_models(models)
+    assert models[1].training and models[1].bn1.training and not models[0].training
+    assert all(torch.equal(v, state[k]) for k, v in models[0].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        (lambda self, x: x if x.sum() > 0 else -x, "torch.fx cannot trace it"),
+        (lambda self, x: operator.iadd(x, 1), None),
+        (lambda self, x: operator.iadd(x, 1) + x, "changes a value in place that is used again"),
+        (lambda self, x: x.relu_() + x, "changes a value in place that is used again"),
+        (lambda self, x: F.relu(x, inplace=True) + x, "changes a value in place that is used again"),
+        (lambda self, x: x * self.norm.weight, "without a batch dimension"),
+        (lambda self, x: x * self.norm.weight.view(1, 8, 1, 1).exp(), None),
+    ],
+)
+def test_what_cannot_be_one_graph_runs_in_turn(body, reason):
+    models = members(lambda: Small(body))
+    for model in models:
+        nn.init.normal_(model.norm.weight)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert_same_logits(ensemble, models, torch.randn(2, 3, 8, 8))
+    if reason is None:
+        assert ensemble.report.in_turn is None
+    else:
+        assert reason in ensemble.report.in_turn and "members run in turn" in str(ensemble.report)
+    assert ensemble.nbytes < sum(p.nbytes for model in models for p in model.parameters()) / 2
+
+
+def test_a_layer_that_is_called_twice_is_not_fused():
+    def twice(self, x):
+        return self.conv2(F.relu(self.conv2(x)))
+
+    models = members(lambda: Small(twice))
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert_same_logits(ensemble, models, torch.randn(2, 3, 8, 8))
+    assert "called more than once" in ensemble.report.unfused["conv2"]
+
+
+def test_an_input_that_is_not_only_convolved_is_repeated():
+    class Normalized(Small):
+        def forward(self, x):
+            return super().forward((x - 0.5) * 2)
+
+    models = members(Normalized)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert ensemble.report.in_turn is None
+    assert_same_logits(ensemble, models, torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("act_bits", [4, 3])
+def test_learned_activation_scales(act_bits):
+    torch.manual_seed(0)
+    models = []
+    for _ in range(3):
+        model = with_statistics(timm.create_model("resnet18", num_classes=7))
+        qk.quantize_(
+            model,
+            qk.QConfig(weight_bits=4, act_bits=act_bits, granularity="tensor", first_layer=8, last_layer=8),
+        )
+        model.train()(torch.randn(4, 3, 32, 32))
+        models.append(model.eval())
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert ensemble.integer
+    x = torch.randn(2, 3, 32, 32)
+    expected, got = logits_of(models, x), ensemble.member_logits(x)
+    # A sum that is rounded otherwise can move an activation to the next of its few codes.
+    assert (got - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_combinations():
+    models = members(Small)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    x = torch.randn(2, 3, 8, 8)
+    probabilities = logits_of(models, x).softmax(-1).mean(0)
+    torch.testing.assert_close(ensemble(x, combine="probs"), probabilities, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="'vote'"):
+        ensemble(x, combine="vote")
+
+
+def test_gradients_are_refused():
+    models = members(Small)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert not ensemble(torch.randn(1, 3, 8, 8, requires_grad=True)).requires_grad
+    packed = qk.PackedConv2d.from_layers([models[0].conv1])
+    with pytest.raises(RuntimeError, match="for inference and have no gradient"):
+        packed(torch.randn(1, 3, 8, 8, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_other_dtypes_and_layouts(channels_last):
+    models = members(Small)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    x = torch.randn(2, 3, 8, 8)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    expected = assert_same_logits(ensemble, models, x)
+    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+        got = ensemble.member_logits(x.to(dtype))
+        assert got.dtype == dtype
+        assert (got.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_compiles_into_one_graph():
+    models = members(Small)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    compiled = torch.compile(ensemble, fullgraph=True, backend="aot_eager")
+    for images in (2, 3):
+        x = torch.randn(images, 3, 8, 8)
+        torch.testing.assert_close(compiled(x), ensemble(x))
+
+
+def test_the_size_of_a_resnet50():
+    model = timm.create_model("resnet50", num_classes=7)
+    floats = sum(t.nbytes for t in model.state_dict().values())
+    codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    qk.quantize_(model)
+    ensemble = qk.PackedEnsemble.from_models([model])
+    packed = sum(b.numel() for name, b in ensemble.named_buffers() if name.endswith("weight_packed"))
+    assert packed <= 1.01 * codes * 7 / 8
+    assert ensemble.nbytes <= 0.224 * floats
+
+
+def test_the_size_of_depthwise_layers():
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=7)
+    codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    qk.quantize_(model, qk.QConfig(weight_bits=3))
+    ensemble = qk.PackedEnsemble.from_models([model])
+    packed = sum(b.numel() for name, b in ensemble.named_buffers() if name.endswith("weight_packed"))
+    assert packed <= 1.03 * codes * 3 / 8
+
+
+def test_bad_input_is_named():
+    models = members(Small)
+    with pytest.raises(ValueError, match="no models"):
+        qk.PackedEnsemble.from_models([])
+    with pytest.raises(ValueError, match=r"models\[1\] has no quantized layers"):
+        qk.PackedEnsemble.from_models([models[0], Small()])
+    other = Small()
+    other.conv2 = nn.Conv2d(8, 8, 5, padding=2)
+    qk.quantize_(other)
+    with pytest.raises(ValueError, match=r"models\[1\] differs from models\[0\] at conv2"):
+        qk.PackedEnsemble.from_models([models[0], other])
+    untrained = Small()
+    qk.quantize_(untrained, qk.QConfig(act_bits=4))
+    with pytest.raises(ValueError, match=r"models\[0\].conv1 has not started to quantize its input"):
+        qk.PackedEnsemble.from_models([untrained])
