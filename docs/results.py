@@ -43,9 +43,10 @@ qtdog collect runs/icon_styles
 def table(result: dict[str, Any]) -> str:
     """Markdown: rows as `qtdog collect` prints them, for the targets that were run, with every seed's accuracy."""
     (one,) = result["tables"]
-    targets = [d for d in one["domains"] if any(d in row["cells"] for row in one["rows"])]
+    rows = [row for row in one["rows"] if row.get("selection", "source validation") == "source validation"]
+    targets = [d for d in one["domains"] if any(d in row["cells"] for row in rows)]
     lines = ["| | " + " | ".join(f"{t}, %" for t in targets) + " | size |", "|---|" + "---:|" * (len(targets) + 1)]
-    for row in one["rows"]:
+    for row in rows:
         cells = [f"{row['cells'][t]['mean']:.1f}" if t in row["cells"] else "X" for t in targets]
         size = f"{row['mean_nbytes'] / 1e6:.2f} MB ({row['ratio_to_float']:.2f}x)"
         lines.append(f"| {row['label']} | " + " | ".join(cells) + f" | {size} |")

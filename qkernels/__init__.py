@@ -24,6 +24,9 @@ from .quantizers import init_scale
 backends.load()
 
 __all__ = [
+    "PackedConv2d",
+    "PackedEnsemble",
+    "PackedLinear",
     "QConfig",
     "QConv2d",
     "QLinear",
@@ -37,9 +40,11 @@ __all__ = [
     "init_scale",
     "mean_abs",
     "named_scales",
+    "pack",
     "packed_nbytes",
     "param_groups",
     "quantize_",
     "register_layer",
     "snap_",
+    "unpack",
 ]

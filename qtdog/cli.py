@@ -9,13 +9,32 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonargparse
 
-from qtdog.config import CollectConfig, DemoConfig, EnsembleConfig, FlatnessConfig, TrainConfig
+from qtdog.config import (
+    CollectConfig,
+    CurvatureConfig,
+    DemoConfig,
+    DiagnosticsConfig,
+    EnsembleConfig,
+    EvalConfig,
+    FlatnessConfig,
+    LandscapeConfig,
+    PredictConfig,
+    SweepConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from qtdog.curvature import measure_curvature
+from qtdog.data.verify import verify
 from qtdog.demo import run_demo
+from qtdog.deploy import evaluate_file, predict
+from qtdog.diagnostics import diagnose
 from qtdog.ensemble import make_ensembles
 from qtdog.errors import UserError
 from qtdog.flatness import measure_flatness
+from qtdog.landscape import measure_landscape
 from qtdog.leave_one_out import train_all
 from qtdog.presets import dashed
+from qtdog.sweep import sweep
 from qtdog.tables import collect
 
 
@@ -27,14 +46,19 @@ class Command:
     run: Callable[[Any], object]
     summary: str
     examples: str
-    positional: str | None = None
+    positional: tuple[str, ...] = ()
+    hidden: frozenset[str] = frozenset()  # settings that the command decides itself
+
+    def fields(self) -> list[dataclasses.Field[Any]]:
+        """The settings that a user may give."""
+        return [field for field in dataclasses.fields(self.settings) if field.name not in self.hidden]
 
 
 COMMANDS = {
     "train": Command(
         TrainConfig,
         train_all,
-        "train QT-DoG or ERM, leaving one domain out",
+        "train QT-DoG, ERM or another method, leaving one domain out",
         """\
 examples:
   # five QT-DoG members for the target domain 0 (angle 0) of RotatedMNIST
@@ -50,6 +74,20 @@ examples:
 --test-envs takes indices, names or `all`; a domain whose name is a number goes by its name.
 Every flag may be spelled with dashes or underscores, and is a key of the YAML file with underscores.""",
     ),
+    "sweep": Command(
+        SweepConfig,
+        sweep,
+        "train data sets x methods x targets x trials x hyper-parameters x members",
+        """\
+examples:
+  qtdog sweep --datasets PACS VLCS --data-dir data --methods erm eoq --n-trials 3 --jobs 2
+  qtdog sweep --datasets PACS --data-dir data --n-hparams 20 --engine ray --cpus-per-job 4 --gpus-per-job 0.5
+  qtdog sweep --datasets PACS --data-dir data --n-hparams 20 --show
+
+The same command again trains what is not done yet, and nothing twice. The flags that `qtdog train` has, too, hold for
+every run.""",
+        hidden=frozenset({"dataset", "method", "trial_seed", "hparams_seed", "seeds", "resume", "overwrite"}),
+    ),
     "ensemble": Command(
         EnsembleConfig,
         make_ensembles,
@@ -58,8 +96,35 @@ Every flag may be spelled with dashes or underscores, and is a key of the YAML f
 examples:
   qtdog ensemble runs                           # every group of runs that differ in their seed only
   qtdog ensemble runs/RotatedMNIST/qtdog/0/trial0_seed*
-  qtdog ensemble runs --combine probs""",
-        positional="runs",
+  qtdog ensemble runs --combine probs
+  qtdog ensemble runs --integer mse             # 8-bit activations: faster, and the change in accuracy is printed
+
+Quantized members are written as one packed file, the folder `packed`: see `qtdog eval` and `qtdog predict`.""",
+        positional=("runs",),
+    ),
+    "eval": Command(
+        EvalConfig,
+        evaluate_file,
+        "accuracy of a packed ensemble on each domain of a data set",
+        """\
+examples:
+  qtdog eval runs/PACS/qtdog/sketch/trial0_ensemble/packed --data-dir data
+  qtdog eval packed --dataset folder --data-dir pictures     # other domains, the same classes
+
+Of source domains the held-out images count, of the target those that the tables report, of other data all.""",
+        positional=("file",),
+    ),
+    "predict": Command(
+        PredictConfig,
+        predict,
+        "classes of pictures by a packed ensemble, with the members' disagreement",
+        """\
+examples:
+  qtdog predict packed photo.jpg sketch.png
+  qtdog predict packed *.jpg --top 1 --json
+
+The disagreement is the share of members that would have decided otherwise: where it is high, look yourself.""",
+        positional=("file", "images"),
     ),
     "flatness": Command(
         FlatnessConfig,
@@ -70,8 +135,47 @@ examples:
   qtdog flatness runs/PACS/erm/sketch/trial0_seed0 runs/PACS/qtdog/sketch/trial0_seed0 --output sketch.png
   qtdog flatness runs/RotatedMNIST --radii 0 1 2 3 4 5 --directions 20 --max-images 200
 
-The default radii are the paper's, for ResNet-50; a small network (see ||w|| in the output) wants smaller ones.""",
-        positional="runs",
+The default radii are the paper's, for ResNet-50; a small network (see ||w|| in the output) wants smaller ones.
+What is measured is kept beside the output until all is done: after an interruption, the same command goes on.""",
+        positional=("runs",),
+    ),
+    "landscape": Command(
+        LandscapeConfig,
+        measure_landscape,
+        "plot the loss on a plane through the trained weights (filter-normalized)",
+        """\
+examples:
+  qtdog landscape runs/PACS/erm/sketch/trial0_seed0 runs/PACS/qtdog/sketch/trial0_seed0 --output sketch.svg
+  qtdog landscape runs/RotatedMNIST/qtdog --grid 11 --span 0.5 --max-images 200
+  qtdog landscape runs/RotatedMNIST/lsq --quantize-each     # latent weights, rounded at each point
+
+After an interruption, the same command goes on.""",
+        positional=("runs",),
+    ),
+    "curvature": Command(
+        CurvatureConfig,
+        measure_curvature,
+        "trace and top eigenvalue of the loss's Hessian at the trained weights",
+        """\
+examples:
+  qtdog curvature runs/PACS/erm/sketch/trial0_seed0 runs/PACS/qtdog/sketch/trial0_seed0 --max-images 200
+  qtdog curvature runs/RotatedMNIST --vectors 50 --tolerance 0.001 --output mnist.csv
+
+Each random vector and each power iteration is a double backward pass over all images. After an interruption, the same
+command goes on.""",
+        positional=("runs",),
+    ),
+    "diagnostics": Command(
+        DiagnosticsConfig,
+        diagnose,
+        "plot scales and GAQAT's disorder by layer, and accuracy against bits and size",
+        """\
+examples:
+  qtdog diagnostics runs/PACS/gaqat/sketch/trial0_seed0
+  qtdog diagnostics bits3 bits5 bits7 --output-dir bits --format svg     # output folders of runs by --weight-bits
+
+It reads what the runs have written: no model is run.""",
+        positional=("runs",),
     ),
     "collect": Command(
         CollectConfig,
@@ -81,7 +185,18 @@ The default radii are the paper's, for ResNet-50; a small network (see ||w|| in 
 examples:
   qtdog collect runs
   qtdog collect runs/RotatedMNIST --output-dir results""",
-        positional="folder",
+        positional=("folder",),
+    ),
+    "data verify": Command(
+        VerifyConfig,
+        verify,
+        "count the images of a data set and decode each of them",
+        """\
+examples:
+  qtdog data verify --dataset PACS --data-dir data      # data/PACS, or data itself
+  qtdog data verify --dataset csv --data-dir pictures.csv
+
+Exit code 2 if a count is not DomainBed's or an image is broken.""",
     ),
     "demo": Command(
         DemoConfig,
@@ -94,6 +209,8 @@ examples:
     ),
 }
 
+GROUPS = {"data": "look after data sets"}  # of the commands in COMMANDS whose names have two words
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
     """Keeps the line breaks of the examples."""
@@ -104,9 +221,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         parsed = build_parser().parse_args([with_dashes(argument) for argument in arguments])
-        command = COMMANDS[parsed.command]
-        given = parsed[parsed.command]
-        names = [field.name for field in dataclasses.fields(command.settings)]
+        name, given = parsed.command, parsed[parsed.command]
+        if name in GROUPS:
+            name, given = f"{name} {given.action}", given[given.action]
+        command = COMMANDS[name]
+        names = [field.name for field in command.fields()]
         command.run(command.settings(**{name: given[name] for name in names}))
     except (UserError, argparse.ArgumentError) as error:
         print(f"qtdog: error: {one_line(error)}", file=sys.stderr)
@@ -127,30 +246,41 @@ def build_parser() -> jsonargparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     subcommands = parser.add_subcommands(required=True, dest="command")
+    groups = {}
+    for name, summary in GROUPS.items():
+        group = jsonargparse.ArgumentParser(description=summary, exit_on_error=False, formatter_class=HelpFormatter)
+        subcommands.add_subcommand(name, group, help=summary)
+        groups[name] = group.add_subcommands(required=True, dest="action")
     for name, command in COMMANDS.items():
-        subcommands.add_subcommand(name, command_parser(command), help=command.summary)
+        *group_name, last = name.split()
+        place = groups[group_name[0]] if group_name else subcommands
+        place.add_subcommand(last, command_parser(command), help=command.summary)
     return parser
 
 
 def command_parser(command: Command) -> jsonargparse.ArgumentParser:
-    """One flag for each field of the command's settings."""
+    """One flag for each field of the command's settings, under the heading that its annotation names."""
     parser = jsonargparse.ArgumentParser(
         description=command.summary, epilog=command.examples, exit_on_error=False, formatter_class=HelpFormatter
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
     hints = get_type_hints(command.settings, include_extras=True)
-    for field in dataclasses.fields(command.settings):
-        hint, text = get_args(hints[field.name])
+    groups: dict[str, Any] = {}
+    for field in command.fields():
+        hint, text, *titles = get_args(hints[field.name])
+        group: Any = parser
+        for title in titles:
+            group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         flags = [f"--{dashed(field.name)}"] + (["--seed"] if field.name == "seeds" else [])
-        if field.name == command.positional:
+        if field.name in command.positional:
             parser.add_argument(field.name, nargs="*" if hint == list[str] else "?", default=default, help=text)
         elif hint is bool:
-            parser.add_argument(*flags, action="store_true", help=text)
+            group.add_argument(*flags, action="store_true", help=text)
         elif get_origin(hint) is list:
-            parser.add_argument(*flags, nargs="+", type=get_args(hint)[0], default=default, help=text)
+            group.add_argument(*flags, nargs="+", type=get_args(hint)[0], default=default, help=text)
         else:
-            parser.add_argument(*flags, type=hint, default=default, help=text)
+            group.add_argument(*flags, type=hint, default=default, help=text)
     return parser
 
 
@@ -168,8 +298,10 @@ def one_line(error: Exception) -> str:
 
 
 def how_to_resume(arguments: Sequence[str]) -> str:
-    """For a training command: the same one with --resume."""
-    if not arguments or arguments[0] not in ("train", "demo"):
+    """For a training command: the same one with --resume. For one that measures: the same."""
+    if arguments[:1] and arguments[0] in ("flatness", "landscape", "curvature"):
+        return f"; what is measured is kept, continue with: {shlex.join(['qtdog', *arguments])}"
+    if not arguments or arguments[0] not in ("train", "sweep", "demo"):
         return ""
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     resume = ["--resume"] if arguments[0] == "train" else []

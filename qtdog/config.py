@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal
 
 import qkernels as qk
 
-MethodName = Literal["erm", "qtdog"]
+DatasetName = Literal[
+    "PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet", "RotatedMNIST", "ColoredMNIST", "folder", "csv"
+]
+AugmentationName = Literal["domainbed", "swad", "qtdog", "none"]
+MethodName = Literal[
+    "erm", "sam", "sagm", "coral", "mixstyle", "weight-noise", "swad", "sma", "eoa", "qtdog", "eoq", "qtdog-inq",
+    "coral+qtdog", "mixstyle+qtdog", "qtdog+swad", "qtdog+sma", "lsq", "lsq+sagm", "gaqat", "fqat",
+]  # fmt: skip
+QatMode = Literal["qat", "frozen-backbone", "rtn-frozen"]
+INQ_FRACTIONS = (0.5, 0.75, 0.875, 1.0)  # of a layer's weights, frozen at equal distances from the switch on
 Device = Literal["auto", "cpu", "cuda"]
 Granularity = Literal["channel", "tensor"]
 
@@ -19,23 +28,28 @@ class TrainConfig:
     """Settings of `qtdog train`; None means: as the presets say."""
 
     dataset: Annotated[
-        Literal["RotatedMNIST", "ColoredMNIST", "folder"],
-        "which data; `folder` is any <root>/<domain>/<class>/<image> under --data-dir",
+        DatasetName,
+        "which data; `folder` is any <root>/<domain>/<class>/<image> under --data-dir, `csv` a list of images",
     ] = "RotatedMNIST"
     data_dir: Annotated[
         str | None,
-        "root of the data: <data-dir>/MNIST/raw/*ubyte, or the folder of the domain folders; never downloaded to",
+        "root of the data, or the data set's own folder; for `folder` that of the domain folders, for `csv` the file, "
+        "for the MNIST sets the one that holds MNIST/raw/*ubyte; never downloaded to",
     ] = None
-    method: Annotated[MethodName, "preset of loss, step rule and quantization"] = "qtdog"
+    method: Annotated[MethodName, "preset of loss, step rule, quantization and averaging"] = "qtdog"
     test_envs: Annotated[list[str], "target domains, each left out in its own runs: indices, names or `all`"] = field(
         default_factory=lambda: ["all"]
     )
     trial_seed: Annotated[
         int, "splits every domain into its in and out parts; one table cell is a mean over trials"
     ] = 0
-    seeds: Annotated[list[int], "one run a seed: initialization, minibatches, augmentation, dropout"] = field(
-        default_factory=lambda: [0]
-    )
+    hparams_seed: Annotated[
+        int, "0: the presets' lr, batch size, weight decay and dropout; else a random draw of them, as in DomainBed"
+    ] = 0
+    seeds: Annotated[
+        list[int],
+        "one run a seed: initialization, minibatches, augmentation, dropout (default: 0; eoq 0 to 4, eoa 0 to 5)",
+    ] = field(default_factory=list)
     output_dir: Annotated[str, "runs go to <output-dir>/<dataset>/<method>/<target>/trial<t>_seed<s>/"] = "runs"
 
     steps: Annotated[int | None, "number of updates"] = None
@@ -48,16 +62,63 @@ class TrainConfig:
         int | None, "source training images evaluated per domain at a checkpoint (None: all); less is faster"
     ] = None
 
-    weight_bits: Annotated[int | None, "bits of a quantized weight, 2 to 8"] = None
-    granularity: Annotated[Granularity | None, "one scale an output channel, or one a weight tensor"] = None
-    switch_step: Annotated[int | None, "quantization starts before the update of this step (counted from 0)"] = None
-    scale_lr: Annotated[float | None, "learning rate of Adam for the quantization scales"] = None
+    switch_step: Annotated[
+        int | None, "quantization starts before the update of this step (counted from 0)", "quantization"
+    ] = None
+    weight_bits: Annotated[int | None, "bits of a quantized weight, 2 to 8", "quantization"] = None
+    act_bits: Annotated[
+        int | None, "bits of the input of each quantized layer, 2 to 8 (None: float)", "quantization"
+    ] = None
+    first_last_bits: Annotated[
+        int | None, "bits of the first and the last layer (None: first as the others, last float)", "quantization"
+    ] = None
+    granularity: Annotated[
+        Granularity | None, "one scale an output channel, or one a weight tensor", "quantization"
+    ] = None
+    scale_lr: Annotated[float | None, "learning rate of Adam for the quantization scales", "quantization"] = None
+    qat_mode: Annotated[
+        QatMode | None,
+        "`qat` trains through the quantizers; for comparison, from the switch on `rtn-frozen` rounds once and trains "
+        "norm layers and head alone (what QT-DoG's released code does), `frozen-backbone` the same without rounding",
+        "quantization",
+    ] = None
 
-    backbone: Annotated[str | None, "MNIST_CNN (the MNIST sets) or any timm model (folder)"] = None
+    rho: Annotated[float | None, "SAM's radius", "step rule"] = None
+    alpha: Annotated[float | None, "SAGM's step along the gradient", "step rule"] = None
+    disorder_window: Annotated[int | None, "steps between GAQAT's decisions which scales to freeze", "step rule"] = None
+    disorder_threshold: Annotated[float | None, "share of sign flips, 0 to 1, that decides", "step rule"] = None
+    freeze_when: Annotated[
+        Literal["below", "above"] | None, "freeze scales with a disorder below or above it", "step rule"
+    ] = None
+    freeze_granularity: Annotated[
+        Literal["scale", "layer"] | None, "decide for each scale, or for the scales of a layer together", "step rule"
+    ] = None
+    unfreeze: Annotated[bool | None, "whether a frozen scale may thaw in a later window", "step rule"] = None
+    weight_noise: Annotated[float | None, "weights are moved by up to this for each gradient", "step rule"] = None
+
+    average_start: Annotated[
+        int | None, "first step whose weights are averaged (default with quantization: the switch)", "averaging"
+    ] = None
+    swad_converge: Annotated[int | None, "checkpoints whose oldest has the least loss begin SWAD", "averaging"] = None
+    swad_tolerance: Annotated[int | None, "checkpoints above the threshold that end it", "averaging"] = None
+    swad_ratio: Annotated[float | None, "how far above the mean loss the threshold lies", "averaging"] = None
+
+    coral_weight: Annotated[float | None, "weight of CORAL's penalty", "loss"] = None
+    mixstyle_p: Annotated[float | None, "probability that a layer mixes styles", "loss"] = None
+    mixstyle_alpha: Annotated[float | None, "of the Beta distribution that mixes them", "loss"] = None
+
+    backbone: Annotated[
+        str | None, "MNIST_CNN (the MNIST sets) or any timm model (pictures); `resnet-50` and `deit-s` are the papers'"
+    ] = None
     weights: Annotated[str | None, "`timm` (its pretrained weights), `none`, or a local .safetensors file"] = None
     image_size: Annotated[int | None, "side in pixels of the network's input (default: the backbone's own)"] = None
     dropout: Annotated[float | None, "dropout before the head of a timm model"] = None
     freeze_bn: Annotated[bool | None, "keep BatchNorm statistics as pretrained; scale and bias are trained"] = None
+    augmentation: Annotated[
+        AugmentationName | None,
+        "`domainbed`, `swad` and `qtdog` crop, flip, jitter and gray training images alike; `domainbed` does so to the "
+        "source images it validates on, too",
+    ] = None
 
     device: Annotated[Device, "where to train; auto is cuda if there is one"] = "auto"
     num_workers: Annotated[
@@ -76,10 +137,38 @@ class Quantization:
     scale_lr: float
     weight_bits: int
     granularity: Granularity
+    act_bits: int | None = None
+    first_last_bits: int | None = None
+    quantizer: Literal["lsq", "inq"] = "lsq"
+    qat_mode: QatMode = "qat"
+
+    @property
+    def makes_codes(self) -> bool:
+        """Whether the model that comes out is quantized: not of `frozen-backbone`, which stays float."""
+        return self.qat_mode != "frozen-backbone"
 
     def qconfig(self) -> qk.QConfig:
-        """QT-DoG's policy: every convolution and linear layer but the classifier, LSQ scales."""
-        return qk.QConfig(weight_bits=self.weight_bits, granularity=self.granularity)
+        """QT-DoG's policy, every convolution and linear layer but the classifier, unless `first_last_bits` is given."""
+        return qk.QConfig(
+            weight_bits=self.weight_bits,
+            act_bits=self.act_bits,
+            quantizer=self.quantizer,
+            granularity=self.granularity,
+            learn_scale=self.qat_mode == "qat",
+            first_layer=self.first_last_bits or "same",
+            last_layer=self.first_last_bits or "float",
+        )
+
+    def snaps(self, steps: int) -> dict[int, float]:
+        """INQ's schedule in a run of `steps`: before the update of which step, what share of the weights is frozen."""
+        if self.quantizer != "inq":
+            return {}
+        span, count = steps - self.switch_step, len(INQ_FRACTIONS)
+        return {self.switch_step + i * span // count: fraction for i, fraction in enumerate(INQ_FRACTIONS)}
+
+    def complete_from(self, steps: int) -> int:
+        """The first step after whose update all weights are quantized."""
+        return max([self.switch_step, *self.snaps(steps)])
 
 
 @dataclass(frozen=True)
@@ -91,6 +180,7 @@ class RunConfig:
     method: str
     test_env: int
     trial_seed: int
+    hparams_seed: int
     seed: int
     steps: int
     checkpoint_freq: int
@@ -104,7 +194,11 @@ class RunConfig:
     image_size: int | None
     dropout: float
     freeze_bn: bool
+    augmentation: AugmentationName
     quantization: Quantization | None
+    loss: dict[str, Any]  # the numbers of the method's loss, by the names of the flags
+    step: dict[str, Any]  # of its step rule
+    averaging: dict[str, Any]  # of its averaging rule
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
@@ -118,6 +212,28 @@ class RunConfig:
 
 
 @dataclass
+class SweepConfig(TrainConfig):
+    """Settings of `qtdog sweep`: what to sweep over, and how each run is trained."""
+
+    datasets: Annotated[list[DatasetName], "data sets, all under --data-dir"] = field(
+        default_factory=lambda: ["RotatedMNIST"]
+    )
+    methods: Annotated[list[MethodName], "methods; a setting that one does not know is for the others"] = field(
+        default_factory=lambda: ["erm", "qtdog"]
+    )
+    n_trials: Annotated[int, "trials 0 to n - 1, each with another split"] = 3
+    n_hparams: Annotated[int, "sets of hyper-parameters: the presets', then n - 1 random ones (DomainBed's spaces)"] = 1
+    members: Annotated[int | None, "seeds 0 to n - 1 of every run (default: 1; eoq 5, eoa 6)"] = None
+    output_dir: Annotated[str, "every run gets a folder in it, named by a hash of its settings"] = "sweep"
+    show: Annotated[bool, "train nothing: list what is done, running, interrupted, failed and missing"] = False
+    engine: Annotated[Literal["local", "ray"], "processes of this machine (--jobs), or a Ray cluster"] = "local"
+    ray_address: Annotated[str | None, "of a running Ray cluster (default: RAY_ADDRESS, else this machine)"] = None
+    cpus_per_job: Annotated[float, "CPU cores of a run on Ray"] = 1
+    gpus_per_job: Annotated[float, "GPUs of a run on Ray; .5 trains two runs on each"] = 0
+    retries: Annotated[int, "how often Ray starts a run again, from its checkpoint, after its worker was killed"] = 3
+
+
+@dataclass
 class EnsembleConfig:
     """Settings of `qtdog ensemble`."""
 
@@ -125,6 +241,12 @@ class EnsembleConfig:
     combine: Annotated[Literal["logits", "probs"], "average the members' logits (EoQ) or their probabilities"] = (
         "logits"
     )
+    integer: Annotated[
+        Literal["none", "mse", "percentile", "max"],
+        "8-bit activations in the packed file, with scales found on training images by this rule; the change in "
+        "accuracy is printed",
+    ] = "none"
+    calibration_images: Annotated[int, "training images that find them"] = 512
     output_dir: Annotated[str | None, "where to write (default: trial<t>_ensemble beside the members)"] = None
     data_dir: Annotated[str | None, "root of the data, if it has moved since training"] = None
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
@@ -132,22 +254,82 @@ class EnsembleConfig:
 
 
 @dataclass
-class FlatnessConfig:
-    """Settings of `qtdog flatness`."""
+class EvalConfig:
+    """Settings of `qtdog eval`."""
+
+    file: Annotated[str, "packed ensemble: the folder `packed` that `qtdog ensemble` wrote"] = ""
+    data_dir: Annotated[str | None, "root of the data, as for `qtdog train`"] = None
+    dataset: Annotated[DatasetName | None, "which data (default: the one it was trained on)"] = None
+    device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
+    num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None
+
+
+@dataclass
+class PredictConfig:
+    """Settings of `qtdog predict`."""
+
+    file: Annotated[str, "packed ensemble: the folder `packed` that `qtdog ensemble` wrote"] = ""
+    images: Annotated[list[str], "picture files"] = field(default_factory=list)
+    top: Annotated[int, "how many classes to print"] = 3
+    json: Annotated[bool, "print one JSON object an image"] = False
+    device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
+
+
+@dataclass
+class MeasureConfig:
+    """What the commands that measure the loss around trained weights have in common."""
 
     runs: Annotated[list[str], "run folders, or folders that hold them; runs of one target domain are compared"] = (
         field(default_factory=list)
     )
-    output: Annotated[str, "the plot; the numbers go beside it as .csv"] = "flatness.png"
-    radii: Annotated[list[float], "distances gamma from the trained weights"] = field(
-        default_factory=lambda: [float(r) for r in range(0, 61, 5)]
-    )
-    directions: Annotated[int, "random directions, the same for all runs of one architecture"] = 100
+    output: Annotated[str, "the plot (.png, .svg or .pdf); the numbers go beside it as .csv"] = ""
     max_images: Annotated[int | None, "images of each domain that the loss is measured on (None: all)"] = None
-    seed: Annotated[int, "of the random directions"] = 0
+    seed: Annotated[int, "of the random directions, the same for all runs of one architecture"] = 0
     data_dir: Annotated[str | None, "root of the data, if it has moved since training"] = None
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
     num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None
+
+
+@dataclass
+class FlatnessConfig(MeasureConfig):
+    """Settings of `qtdog flatness`."""
+
+    output: Annotated[str, "the plot (.png, .svg or .pdf); the numbers go beside it as .csv"] = "flatness.png"
+    radii: Annotated[list[float], "distances gamma from the trained weights"] = field(
+        default_factory=lambda: [float(r) for r in range(0, 61, 5)]
+    )
+    directions: Annotated[int, "random directions"] = 100
+
+
+@dataclass
+class LandscapeConfig(MeasureConfig):
+    """Settings of `qtdog landscape`."""
+
+    output: Annotated[str, "the plot (.png, .svg or .pdf); the numbers go beside it as .csv"] = "landscape.png"
+    grid: Annotated[int, "points a side, odd; the loss is measured at the square of it"] = 21
+    span: Annotated[float, "distance of the sides from the trained weights, in norms of each filter"] = 1.0
+    quantize_each: Annotated[
+        bool, "move the latent weights and quantize them anew at each point (default: move the dequantized weights)"
+    ] = False
+
+
+@dataclass
+class CurvatureConfig(MeasureConfig):
+    """Settings of `qtdog curvature`."""
+
+    output: Annotated[str, "the numbers, a .csv file"] = "curvature.csv"
+    vectors: Annotated[int, "random vectors that estimate the trace (Hutchinson)"] = 20
+    iterations: Annotated[int, "products with the Hessian that the power iteration takes at most"] = 50
+    tolerance: Annotated[float, "it stops when the residual is this share of the eigenvalue"] = 0.01
+
+
+@dataclass
+class DiagnosticsConfig:
+    """Settings of `qtdog diagnostics`."""
+
+    runs: Annotated[list[str], "run folders, or folders that hold them"] = field(default_factory=list)
+    output_dir: Annotated[str, "where plots and numbers go"] = "diagnostics"
+    format: Annotated[Literal["png", "svg", "pdf"], "of the plots"] = "png"
 
 
 @dataclass
@@ -155,7 +337,17 @@ class CollectConfig:
     """Settings of `qtdog collect`."""
 
     folder: Annotated[str, "folder that holds runs and ensembles at any depth"] = "runs"
-    output_dir: Annotated[str | None, "where table.txt, .md, .tex and .json go (default: the folder itself)"] = None
+    output_dir: Annotated[str | None, "where table.txt, .md, .tex, .csv and .json go (default: the folder)"] = None
+    digits: Annotated[int, "decimals of a percent"] = 1
+
+
+@dataclass
+class VerifyConfig:
+    """Settings of `qtdog data verify`."""
+
+    dataset: Annotated[DatasetName, "which data, as for `qtdog train`"] = "folder"
+    data_dir: Annotated[str | None, "root of the data, or the data set's own folder or file"] = None
+    num_workers: Annotated[int | None, "images read at once, at most the CPU cores"] = None
 
 
 @dataclass

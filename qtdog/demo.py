@@ -43,7 +43,7 @@ def run_demo(config: DemoConfig) -> None:
         for method, seeds in methods.items()
     }
     # One thread a run: steps of five small images are too short to share, least of all on a machine that others use.
-    carry_out([each for runs in planned.values() for each in runs], jobs=min(cores(), 1 + config.members))
+    carry_out([each for runs in planned.values() for each in runs], at_once=min(cores(), 1 + config.members))
     folders = {method: [each.folder for each in runs] for method, runs in planned.items()}
     make_ensembles(EnsembleConfig(runs=[str(folder) for folder in folders["qtdog"]], device=config.device))
     picture, _ = measure_flatness(
@@ -58,6 +58,6 @@ def run_demo(config: DemoConfig) -> None:
     )
     written = collect(CollectConfig(folder=config.output_dir))
     log = Log()
-    log(f"table:         {written[0]} (also .md, .tex, .json)")
+    log(f"table:         {written[0]} (also .md, .tex, .csv, .json)")
     log(f"checkpoint:    {folders['qtdog'][0] / 'model.safetensors'}")
     log(f"flatness plot: {picture}")

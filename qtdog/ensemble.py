@@ -1,10 +1,11 @@
 """EoQ: independently trained quantized models whose logits are averaged (QT-DoG, section 3.3)."""
 
 import datetime
+import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +14,12 @@ from tqdm import tqdm
 from qtdog.config import EnsembleConfig
 from qtdog.data import DomainSet, load_dataset
 from qtdog.data.loaders import EvaluationImages
+from qtdog.deploy import calibration_batches, pack_members
 from qtdog.environment import describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
-from qtdog.evaluation import domain_parts, sources
+from qtdog.evaluation import domain_parts, member_accuracies, sources
 from qtdog.presets import METHODS
 from qtdog.runs import Log, ModelCard, find_runs, load_model, read_card, write_json, write_records
-
-Combine = Literal["logits", "probs"]
-
-
-def combine_logits(logits: Tensor, combine: Combine) -> Tensor:
-    """Class probabilities of an ensemble.
-
-    Args:
-        logits: float [members, N, classes].
-        combine: `logits` takes the softmax of their mean over the members (EoQ), `probs` the mean of the softmaxes.
-
-    Returns:
-        float [N, classes].
-    """
-    return logits.mean(0).softmax(-1) if combine == "logits" else logits.softmax(-1).mean(0)
-
-
-@torch.no_grad()
-def member_logits(models: Sequence[nn.Module], images: EvaluationImages, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits float32 [members, N, classes] and labels int64 [N], on the CPU; images are read once for all members."""
-    logits, labels = [], []
-    for batch, batch_labels in images:
-        batch = batch.to(device, memory_format=torch.channels_last)
-        logits.append(torch.stack([model(batch).float().cpu() for model in models]))
-        labels.append(batch_labels)
-    return torch.cat(logits, dim=1), torch.cat(labels)
 
 
 def dataset_of(card: ModelCard, data_dir: str | None, log: Log) -> DomainSet:
@@ -126,22 +102,40 @@ def ensemble(
         f"trial {run.trial_seed}"
     )
     models = [load_model(path, device) for path, _ in members]
-    workers = pick_workers(config.num_workers, card.preprocessing is not None)
+    packed = None
+    if card.quantization is not None:
+        packed = pack_members(models, card, config.combine)
+        log(textwrap.indent(str(packed.report), "  "))
+    elif config.integer != "none":
+        raise UserError(f"--integer {config.integer} is for quantized members; those of {run.method} are float")
     parts = domain_parts(run, dataset)
     wanted = [f"env{run.test_env}_in"] + [f"env{env}_out" for env in (run.test_env, *sources(run, dataset))]
-    accuracies: dict[str, float] = {}
-    member_accuracies: list[dict[str, float]] = [{} for _ in members]
-    for part in tqdm(wanted, desc="evaluating", disable=None):
-        logits, labels = member_logits(models, EvaluationImages(parts[part], workers), device)
-        prediction = combine_logits(logits, config.combine).argmax(-1)
-        accuracies[f"{part}_acc"] = (prediction == labels).double().mean().item()
-        for single, alone in zip(logits, member_accuracies, strict=True):
-            alone[f"{part}_acc"] = (single.argmax(-1) == labels).double().mean().item()
-    test = f"env{run.test_env}_in_acc"
+    workers = pick_workers(config.num_workers, card.preprocessing is not None)
+    images = {part: EvaluationImages(parts[part], workers) for part in wanted}
+
+    def judge() -> dict[str, tuple[float, list[float]]]:
+        """Accuracy of the ensemble and of each member alone on every wanted part."""
+        network = in_turn(models) if packed is None else packed.member_logits
+        shown = tqdm(images.items(), desc="evaluating", disable=None)
+        return {part: member_accuracies(network, each, config.combine, device) for part, each in shown}
+
+    judged = judge()
+    change = {}
+    if packed is not None and config.integer != "none":
+        seen = [parts[f"env{env}_in"] for env in sources(run, dataset)]
+        log(f"  {packed.to_integer_(calibration_batches(seen, config.calibration_images, device), config.integer)}")
+        before, judged = judged, judge()
+        for part in wanted:
+            change[f"{part}_acc"] = judged[part][0] - before[part][0]
+            of = f"{parts[part].domain.name}, {'in' if part.endswith('in') else 'out'} part"
+            log(f"  integer activations change the accuracy by {100 * change[f'{part}_acc']:+.1f} points on {of}")
+    test = f"env{run.test_env}_in"
     record = {
-        **accuracies,
+        **{f"{part}_acc": together for part, (together, _) in judged.items()},
         "members": len(members),
         "combine": config.combine,
+        "integer": config.integer,
+        "integer_change": change,
         "dataset": card.dataset,
         "data_source": dataset.source,
         "domains": card.domains,
@@ -149,8 +143,8 @@ def ensemble(
         "target": card.target,
         "test_env": run.test_env,
         "trial_seed": run.trial_seed,
-        "target_accuracy": accuracies[test],
-        "nbytes": sum(member.nbytes for _, member in members),
+        "target_accuracy": judged[test][0],
+        "nbytes": sum(member.nbytes for _, member in members) if packed is None else packed.nbytes,
         "float_nbytes": card.float_nbytes,
         "environment": describe_environment(device),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -161,12 +155,20 @@ def ensemble(
             "seed": member.run.seed,
             "selected_step": member.selected_step,
             "nbytes": member.nbytes,
-            "accuracies": alone,
+            "accuracies": {f"{part}_acc": alone[index] for part, (_, alone) in judged.items()},
         }
-        for (path, member), alone in zip(members, member_accuracies, strict=True)
+        for index, (path, member) in enumerate(members)
     ]
     write_json(folder / "members.json", {"combine": config.combine, "members": manifest})
     write_records(folder / "results.jsonl", [record])
-    singles = ", ".join(f"{100 * each[test]:.1f}" for each in member_accuracies)
-    log(f"  target accuracy {100 * accuracies[test]:.1f} (members alone: {singles}) -> {folder}")
+    if packed is not None:
+        accuracy = {parts[part].domain.name: judged[part][0] for part in wanted if part != f"env{run.test_env}_out"}
+        packed.save(folder / "packed", accuracy=accuracy, seeds=[member.run.seed for _, member in members])
+    singles = ", ".join(f"{100 * one:.1f}" for one in judged[test][1])
+    log(f"  target accuracy {100 * judged[test][0]:.1f} (members alone: {singles}) -> {folder}")
     return folder
+
+
+def in_turn(models: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """Images [N, C, H, W] to the logits [members, N, classes] of float models."""
+    return lambda images: torch.stack([model(images) for model in models])

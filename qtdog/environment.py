@@ -24,11 +24,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def pick_workers(wanted: int | None, reads_files: bool) -> int:
-    """Reader processes: none for data in memory, else `wanted` (by default 4), at most the cores of this process."""
+def pick_workers(wanted: int | None, reads_files: bool, jobs: int = 1) -> int:
+    """Reader processes: none for data in memory, else `wanted` (by default 4), at most a job's share of the cores."""
     if wanted is not None and wanted < 0:
         raise UserError(f"--num-workers must not be negative, not {wanted}")
-    return min(4 if wanted is None else wanted, cores()) if reads_files else 0
+    return min(4 if wanted is None else wanted, max(1, cores() // jobs)) if reads_files else 0
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

@@ -1,104 +1,191 @@
 """Leave-one-domain-out: one run for each target domain and seed, one after the other or several at once."""
 
+import fcntl
 import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from qtdog.config import RunConfig, TrainConfig
+from qtdog import distributed
+from qtdog.config import Device, RunConfig, TrainConfig
 from qtdog.data import DomainSet, Preprocessing, load_dataset
 from qtdog.environment import cores, pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.models import preprocessing
-from qtdog.presets import settle
+from qtdog.presets import seeds_of, settle
 from qtdog.runs import Log, run_folder
 from qtdog.trainer import prepare_folder, train
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run and all that training it takes; `finished` if it was trained before."""
+class Job:
+    """A run, its folder, and how to train it; it reads the data itself, so that any process or machine can do it."""
 
     run: RunConfig
-    dataset: DomainSet
     folder: Path
-    preprocessing: Preprocessing | None
-    device: torch.device
+    device: Device
     workers: int
-    finished: bool
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been trained to its end."""
+        return (self.folder / "done").is_file()
 
     def train(self, progress: bool = True) -> None:
-        """Train it, with a progress bar on a terminal if `progress`."""
-        train(self.run, self.dataset, self.folder, self.preprocessing, self.device, self.workers, progress)
+        """Train it in its prepared folder, with a progress bar on a terminal if `progress`."""
+        with sole_owner(self.folder):
+            prepared = preprocessing(self.run.backbone, self.run.image_size)
+            dataset = read_dataset(self.run.dataset, self.run.data_dir, prepared)
+            train(self.run, dataset, self.folder, prepared, pick_device(self.device), self.workers, progress)
+
+
+@lru_cache(maxsize=1)
+def read_dataset(name: str, data_dir: str | None, prepared: Preprocessing | None) -> DomainSet:
+    """The data set, read once by the jobs that a process trains one after the other."""
+    log = Log()
+    log(f"reading {name}" + (f" under {data_dir}" if data_dir else ""))
+    return load_dataset(name, data_dir, prepared, log)
+
+
+@contextmanager
+def sole_owner(folder: Path) -> Iterator[None]:
+    """Claims a run's folder until this process lets go or ends; UserError if it is claimed already.
+
+    Of the processes of one run, the first claims it for all.
+    """
+    if not distributed.is_first():
+        yield
+        return
+    with (folder / "config.yaml").open("r+") as file:
+        try:
+            # Not flock: the reader processes of a killed run would inherit the claim and hold it until they notice.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"{folder} is being trained by another process") from error
+        yield
 
 
 def train_all(config: TrainConfig) -> list[Path]:
     """Train every run that `config` names and that is not finished; returns all their folders."""
-    return carry_out(plan(config), config.jobs)
+    check_jobs(config.jobs)
+    with distributed.processes(pick_device(config.device)):
+        jobs = plan(config)
+        distributed.barrier()  # the first process has prepared the folders
+        return carry_out(jobs, config.jobs)
 
 
-def plan(config: TrainConfig) -> list[Planned]:
+def plan(config: TrainConfig) -> list[Job]:
     """Check all settings, read the data and prepare the folder of every run that `config` names."""
-    log = Log()
     if config.resume and config.overwrite:
         raise UserError("--resume continues runs, --overwrite starts them again: give one of them")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise UserError(f"--seeds must be different numbers, not {config.seeds}")
-    if config.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {config.jobs}")
-    for seed in config.seeds:
+    seeds = seeds_of(config)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds must be different numbers, not {seeds}")
+    check_jobs(config.jobs)
+    for seed in seeds:
         template = settle(config, test_env=0, seed=seed)
-    device = pick_device(config.device)
+    if template.batch_size % distributed.world_size():
+        raise UserError(
+            f"--batch-size {template.batch_size} cannot be divided among {distributed.world_size()} processes"
+        )
+    pick_device(config.device)
     prepared = preprocessing(template.backbone, template.image_size)
-    workers = pick_workers(config.num_workers, reads_files=prepared is not None)
-    log(f"reading {config.dataset}" + (f" under {config.data_dir}" if config.data_dir else ""))
-    dataset = load_dataset(config.dataset, config.data_dir, prepared, log)
-    planned = []
-    for env in chosen(config.test_envs, dataset):
-        for seed in config.seeds:
+    processes = config.jobs * distributed.local_world_size()
+    workers = pick_workers(config.num_workers, reads_files=prepared is not None, jobs=processes)
+    read_dataset.cache_clear()  # what is on disk now, not what another plan of this process has read
+    dataset = read_dataset(config.dataset, config.data_dir, prepared)
+    domains = [domain.name for domain in dataset.domains]
+    jobs = []
+    for env in chosen(config.test_envs, dataset.name, domains):
+        for seed in seeds:
             run = replace(template, test_env=env, seed=seed)
-            target = dataset.domains[env].name
-            folder = run_folder(config.output_dir, dataset.name, run.method, target, run.trial_seed, seed)
-            finished = not prepare_folder(run, folder, config.resume, config.overwrite)
-            planned.append(Planned(run, dataset, folder, prepared, device, workers, finished))
-    return planned
+            job = Job(run, run_folder(config.output_dir, dataset.name, domains[env], run), config.device, workers)
+            if distributed.is_first():
+                prepare(job, config)
+            jobs.append(job)
+    return jobs
 
 
-def carry_out(planned: Sequence[Planned], jobs: int) -> list[Path]:
-    """Train what is not finished, `jobs` runs at once, which share the CPU cores; returns all folders."""
+def prepare(job: Job, config: TrainConfig) -> None:
+    """Prepare the folder of a job that no other process is training, whose files --overwrite would pull away."""
+    if (job.folder / "config.yaml").is_file():
+        with sole_owner(job.folder):
+            prepare_folder(job.run, job.folder, config.resume, config.overwrite)
+    else:
+        prepare_folder(job.run, job.folder, config.resume, config.overwrite)
+
+
+def check_jobs(jobs: int) -> None:
+    """Raises UserError for a number of runs at once that cannot be."""
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    if jobs > 1 and distributed.world_size() > 1:
+        raise UserError("--jobs trains several runs at once, torchrun one run in several processes: use one of them")
+
+
+def carry_out(jobs: Sequence[Job], at_once: int) -> list[Path]:
+    """Train what is not finished, `at_once` jobs at a time, until one fails; returns all folders."""
     log = Log()
-    for each in planned:
-        if each.finished:
-            log(f"{each.folder} is finished, not run again (--overwrite would)")
-    open_runs = [each for each in planned if not each.finished]
-    if jobs == 1:
-        for each in open_runs:
-            each.train()
-    elif open_runs:
-        # Not forked: a child of a process whose OpenMP threads have run would hang in its first parallel region.
-        context = multiprocessing.get_context("spawn")
-        threads = max(1, cores() // jobs)
-        with ProcessPoolExecutor(min(jobs, len(open_runs)), context, torch.set_num_threads, (threads,)) as pool:
-            for _ in pool.map(Planned.train, open_runs, [False] * len(open_runs)):
-                pass
-    return [each.folder for each in planned]
+    for job in jobs:
+        if job.finished:
+            log(f"{job.folder} is finished, not run again (--overwrite would)")
+    for _, error in attempts([job for job in jobs if not job.finished], at_once):
+        if error is not None:
+            raise error
+    return [job.folder for job in jobs]
 
 
-def chosen(names: list[str], dataset: DomainSet) -> list[int]:
+def attempts(
+    jobs: Sequence[Job], at_once: int, task: Callable[[Job, bool], None] = Job.train
+) -> Iterator[tuple[Job, BaseException | None]]:
+    """Do `task(job, progress)` for each job and yield it with its error, if any, as they end.
+
+    With `at_once` > 1 each is done in one of that many processes, which share the CPU cores and show no progress.
+    """
+    if at_once == 1 or not jobs:
+        for job in jobs:
+            try:
+                task(job, True)
+            except Exception as error:
+                yield job, error
+            else:
+                yield job, None
+        return
+    # Not forked: a child of a process whose OpenMP threads have run would hang in its first parallel region.
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, cores() // at_once)
+    with ProcessPoolExecutor(min(at_once, len(jobs)), context, torch.set_num_threads, (threads,)) as pool:
+        futures = {pool.submit(task, job, False): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                problem = future.exception()
+                if isinstance(problem, BrokenProcessPool):
+                    raise UserError(
+                        "a process was killed, perhaps for want of memory: try fewer --jobs, what is done and the "
+                        "checkpoints are kept"
+                    ) from problem
+                yield futures[future], problem
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def chosen(names: list[str], dataset: str, domains: list[str]) -> list[int]:
     """Indices of the target domains that `--test-envs` gives: names, indices or `all`; a name goes before an index."""
-    known = [domain.name for domain in dataset.domains]
     envs: list[int] = []
     for name in names:
         if name == "all":
-            envs += range(len(known))
-        elif name in known:
-            envs.append(known.index(name))
-        elif name.isdecimal() and int(name) < len(known):
+            envs += range(len(domains))
+        elif name in domains:
+            envs.append(domains.index(name))
+        elif name.isdecimal() and int(name) < len(domains):
             envs.append(int(name))
         else:
-            listed = ", ".join(f"{index} {domain}" for index, domain in enumerate(known))
-            raise UserError(f"--test-envs {name}: {dataset.name} has the domains {listed}, or `all`")
+            listed = ", ".join(f"{index} {domain}" for index, domain in enumerate(domains))
+            raise UserError(f"--test-envs {name}: {dataset} has the domains {listed}, or `all`")
     return list(dict.fromkeys(envs))

@@ -9,9 +9,11 @@ import safetensors
 import safetensors.torch
 import timm
 import timm.data
+import timm.layers
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from qtdog.data import Preprocessing
 from qtdog.errors import UserError
@@ -68,6 +70,7 @@ def build_model(
     weights: str = "none",
     dropout: float = 0.0,
     log: Callable[[str], None] = print,
+    image_size: int | None = None,
 ) -> nn.Module:
     """A float model, images [N, channels, H, W] to logits [N, classes].
 
@@ -76,13 +79,17 @@ def build_model(
         weights: `none` (random), `timm` (timm's pretrained ones, fetched if not cached), or a local .safetensors file
             with the architecture's keys; the head's tensors in it are dropped if it has another number of classes.
         dropout: before the head (timm's drop_rate).
+        image_size: of a backbone that fixes its input's size, as vision transformers do, whose position embedding is
+            then resampled; None for timm's own. Others take any size.
     """
     if backbone == "MNIST_CNN":
         return MNIST_CNN(channels, classes)
     known_backbone(backbone)
+    known = timm.get_pretrained_cfg(backbone)
+    size: dict[str, Any] = {"img_size": image_size} if image_size and known and known.fixed_input_size else {}
     try:
         model: Any = timm.create_model(
-            backbone, pretrained=weights == "timm", num_classes=classes, in_chans=channels, drop_rate=dropout
+            backbone, pretrained=weights == "timm", num_classes=classes, in_chans=channels, drop_rate=dropout, **size
         )
     except Exception as error:
         if weights != "timm":
@@ -92,13 +99,41 @@ def build_model(
             f"cannot get timm's weights of {backbone} ({reason[0] if reason else type(error).__name__}): "
             "give a local file with --weights FILE.safetensors, or --weights none"
         ) from error
-    head, trained_classes = model.get_classifier(), model.default_cfg["num_classes"]
-    if isinstance(head, nn.Linear) and not (weights == "timm" and classes == trained_classes):
+    classifier, trained_classes = head(model), model.default_cfg["num_classes"]
+    if isinstance(classifier, nn.Linear) and not (weights == "timm" and classes == trained_classes):
         # As in DomainBed. Some of timm's own heads start so large that fine-tuning first has to undo it.
-        head.reset_parameters()
+        classifier.reset_parameters()
     if weights not in ("timm", "none"):
         load_weights(model, weights, log)
     return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def head(model: nn.Module) -> nn.Module:
+    """The layer that turns features into logits."""
+    inner: Any = unwrapped(model)
+    return inner.classifier if isinstance(inner, MNIST_CNN) else inner.get_classifier()
+
+
+def style_layers(model: nn.Module) -> list[nn.Module]:
+    """Where MixStyle mixes: the last block at strides 4, 8 and 16 (a ResNet's layers 1-3); of MNIST_CNN blocks 1-3.
+
+    Raises:
+        UserError: for a backbone without maps at these strides, such as a vision transformer.
+    """
+    inner: Any = unwrapped(model)
+    if isinstance(inner, MNIST_CNN):
+        return [inner.bn0, inner.bn1, inner.bn2]
+    names = {stage["reduction"]: stage["module"] for stage in getattr(inner, "feature_info", [])}
+    if not {4, 8, 16} <= names.keys():
+        raise UserError(
+            f"mixstyle needs a convolutional network with maps at strides 4, 8 and 16, not {type(inner).__name__}"
+        )
+    return [inner.get_submodule(names[stride]) for stride in (4, 8, 16)]
 
 
 def load_weights(model: nn.Module, file: str, log: Callable[[str], None] = print) -> None:
@@ -110,12 +145,13 @@ def load_weights(model: nn.Module, file: str, log: Callable[[str], None] = print
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"--weights {file} is not a safetensors file: {error}") from error
     own = model.state_dict()
-    head = getattr(model, "default_cfg", {})["classifier"]
-    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    classifier = getattr(model, "default_cfg", {})["classifier"]
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     dropped = [k for k in loaded if k.startswith(heads) and k in own and loaded[k].shape != own[k].shape]
     for key in dropped:
         log(f"dropped {key} {list(loaded[key].shape)} of {Path(file).name}: this head is {list(own[key].shape)}")
         del loaded[key]
+    fit_positions(model, loaded)
     problems = {
         "not in the model": [k for k in loaded if k not in own],
         "not in the file": [k for k in own if k not in loaded and k not in dropped],
@@ -125,6 +161,18 @@ def load_weights(model: nn.Module, file: str, log: Callable[[str], None] = print
         named = [f"{what}: {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}" for what, keys in problems.items() if keys]
         raise UserError(f"--weights {file} does not fit {type(model).__name__}: {'; '.join(named)}")
     model.load_state_dict(loaded, strict=False)
+
+
+def fit_positions(model: nn.Module, loaded: dict[str, Tensor]) -> None:
+    """Resample a vision transformer's position embedding [1, tokens, D] in `loaded` to the model's image size."""
+    own, stored = getattr(model, "pos_embed", None), loaded.get("pos_embed")
+    if own is None or stored is None or own.dim() != 3 or own.shape[1] == stored.shape[1]:
+        return
+    vit: Any = model
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    loaded["pos_embed"] = timm.layers.resample_abs_pos_embed(
+        stored, vit.patch_embed.grid_size, num_prefix_tokens=prefix
+    )
 
 
 def train_mode(model: nn.Module, freeze_bn: bool) -> None:

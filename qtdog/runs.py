@@ -26,12 +26,15 @@ from tqdm import tqdm
 import qkernels as qk
 from qtdog.config import RunConfig
 from qtdog.data import Preprocessing
+from qtdog.distributed import is_first
 from qtdog.errors import UserError
 from qtdog.models import build_model
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, then rename the temporary file to `path`."""
+    """`write(temporary)`, then rename the temporary file to `path`. Of several processes only the first writes."""
+    if not is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -62,7 +65,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Prints a line at once, above any progress bar, and keeps it in a file."""
+    """Prints a line at once, above any progress bar, and keeps it in a file; of several processes, the first does."""
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
@@ -70,6 +73,8 @@ class Log:
             file.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, text: str) -> None:
+        if not is_first():
+            return
         with tqdm.external_write_mode():
             print(text, flush=True)
         if self.file is not None:
@@ -142,7 +147,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Mod
     """
     folder = Path(folder)
     card = read_card(folder)
-    model = build_model(card.backbone, len(card.classes), card.image_shape[0])
+    model = build_model(card.backbone, len(card.classes), card.image_shape[0], image_size=card.image_shape[-1])
     if card.quantization is not None:
         qk.quantize_(model, qk.QConfig.from_dict(card.quantization))
         qk.fuse_weights_(model)
@@ -150,9 +155,10 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Mod
     return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
-def run_folder(output_dir: str, dataset: str, method: str, target: str, trial_seed: int, seed: int) -> Path:
+def run_folder(output_dir: str, dataset: str, target: str, run: RunConfig) -> Path:
     """Where `qtdog train` puts a run."""
-    return Path(output_dir) / dataset / method / target / f"trial{trial_seed}_seed{seed}"
+    draw = f"_hparams{run.hparams_seed}" if run.hparams_seed else ""
+    return Path(output_dir) / dataset / run.method / target / f"trial{run.trial_seed}{draw}_seed{run.seed}"
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:

@@ -3,21 +3,71 @@
 import datetime
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from qtdog import table_formats
 from qtdog.config import CollectConfig
 from qtdog.errors import UserError
+from qtdog.evaluation import mean_out_accuracy
 from qtdog.presets import METHODS
 from qtdog.runs import Log, ModelCard, find_runs, read_card, read_records, write_json, write_text
+
+NOT_SETTINGS = {"data_dir", "test_env", "trial_seed", "seed", "hparams_seed"}  # may differ among the runs of a row
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its selected model's card and the record of its last step."""
+
+    folder: Path
+    card: ModelCard
+    last: dict[str, Any]
+
+    @property
+    def last_source_validation(self) -> float:
+        """Mean accuracy in 0..1 on the source domains' out parts at the last step."""
+        return mean_out_accuracy(self.last, [i for i in range(len(self.card.domains)) if i != self.card.run.test_env])
+
+    def last_of_target(self, part: str) -> float:
+        """Accuracy in 0..1 on the target's `in` or `out` part at the last step."""
+        return self.last[f"env{self.card.run.test_env}_{part}_acc"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A way to choose what is reported: of several hyper-parameters those with the greatest `score`."""
+
+    definition: str
+    score: Callable[[Result], float]
+    accuracy: Callable[[Result], float]
+
+
+SELECTIONS = {
+    "source validation": Selection(
+        "checkpoint and hyper-parameters with the best mean accuracy on the source domains' out parts",
+        lambda result: result.card.source_validation_accuracy,
+        lambda result: result.card.target_accuracy,
+    ),
+    "last step": Selection(
+        "the last checkpoint, hyper-parameters by its source validation",
+        lambda result: result.last_source_validation,
+        lambda result: result.last_of_target("in"),
+    ),
+    "oracle": Selection(
+        "the last checkpoint, hyper-parameters by its accuracy on the target's out part, which no real task has",
+        lambda result: result.last_of_target("out"),
+        lambda result: result.last_of_target("in"),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Accuracies of one row on one target domain, in percent: one value a trial."""
+    """Accuracies in percent: one value a trial."""
 
     trials: dict[int, float]
 
@@ -30,24 +80,27 @@ class Cell:
         """DomainBed's: population standard deviation over the trials / sqrt(their number)."""
         return pstdev(self.trials.values()) / math.sqrt(len(self.trials))
 
-    def text(self, plus_minus: str = "+/-") -> str:
-        return f"{self.mean:.1f} {plus_minus} {self.stderr:.1f}"
+    def text(self, digits: int = 1, plus_minus: str = "+/-") -> str:
+        """One trial says nothing about the error, so none is shown."""
+        error = f" {plus_minus} {self.stderr:.{digits}f}" if len(self.trials) > 1 else ""
+        return f"{self.mean:.{digits}f}{error}"
 
 
 @dataclass
 class Row:
-    """One method: cells by target domain, and what it takes to store the model(s)."""
+    """One method under one selection: cells by column, and what it takes to store the model(s)."""
 
     label: str
+    selection: str
     cells: dict[str, Cell] = field(default_factory=dict)
     models: list[int] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
     float_nbytes: list[int] = field(default_factory=list)
 
-    def average(self, domains: Sequence[str]) -> str:
-        """Mean over all target domains, X if one is missing."""
-        missing = any(domain not in self.cells for domain in domains)
-        return "X" if missing else f"{fmean(self.cells[domain].mean for domain in domains):.1f}"
+    def average(self, columns: Sequence[str], digits: int) -> str:
+        """Mean over all columns, X if one is missing."""
+        missing = any(column not in self.cells for column in columns)
+        return "X" if missing else f"{fmean(self.cells[column].mean for column in columns):.{digits}f}"
 
     def size(self) -> str:
         """Mean size in MB (1e6 bytes), and its ratio to one float model."""
@@ -56,128 +109,193 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of one data set."""
+    """The rows of one data set, a column a target domain; or of several, a column a data set."""
 
-    dataset: str
-    domains: list[str]
+    title: str
+    columns: list[str]
     rows: list[Row]
     notes: list[str]
 
-    def grid(self, plus_minus: str = "+/-") -> list[list[str]]:
+    def grid(self, digits: int = 1, plus_minus: str = "+/-") -> list[list[str]]:
         """Header and rows as text."""
-        header = ["Algorithm", *self.domains, "Avg", "Size"]
+        sized = any(row.nbytes for row in self.rows)
+        header = ["Algorithm", "Selection", *self.columns, "Avg", *(["Size"] if sized else [])]
         return [header] + [
             [
                 row.label,
-                *(row.cells[domain].text(plus_minus) if domain in row.cells else "X" for domain in self.domains),
-                row.average(self.domains),
-                row.size(),
+                row.selection,
+                *(row.cells[name].text(digits, plus_minus) if name in row.cells else "X" for name in self.columns),
+                row.average(self.columns, digits),
+                *([row.size()] if sized else []),
             ]
             for row in self.rows
         ]
 
 
-def build_table(runs: Sequence[ModelCard], ensembles: Sequence[dict[str, Any]]) -> Table:
+def build_table(results: Sequence[Result], ensembles: Sequence[dict[str, Any]]) -> Table:
     """The table of one data set.
 
-    A single-model cell is, for each trial, the mean over that trial's seeds.
+    A single-model cell is, for each trial, the mean over that trial's seeds of what the selection takes from the random
+    hyper-parameters of each. An ensemble's members are selected by source validation, and so is its row.
     """
-    rows: dict[str, Row] = {}
-    counts: dict[str, set[int]] = defaultdict(set)
-    for key, method in METHODS.items():
-        for kind, label in (("single", method.label), ("ensemble", method.ensemble_label)):
-            values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-            row = Row(label)
-            if kind == "single":
-                for card in (card for card in runs if card.run.method == key):
-                    values[card.target][card.run.trial_seed].append(100 * card.target_accuracy)
-                    row.models.append(1)
-                    row.nbytes.append(card.nbytes)
-                    row.float_nbytes.append(card.float_nbytes)
-                counts[label] = {len(seeds) for trials in values.values() for seeds in trials.values()}
-            else:
-                for record in (record for record in ensembles if record["method"] == key):
-                    values[record["target"]][record["trial_seed"]].append(100 * record["target_accuracy"])
-                    row.models.append(record["members"])
-                    row.nbytes.append(record["nbytes"])
-                    row.float_nbytes.append(record["float_nbytes"])
-            row.cells = {
-                target: Cell({trial: fmean(seeds) for trial, seeds in sorted(trials.items())})
-                for target, trials in values.items()
-            }
-            if row.cells:
-                rows[label] = row
-    first = runs[0]
-    trial_counts = sorted({len(cell.trials) for row in rows.values() for cell in row.cells.values()})
-    n = str(trial_counts[0]) if len(trial_counts) == 1 else f"{trial_counts[0]} to {trial_counts[-1]}"
-    notes = [
+    refuse_doubles(results)
+    rows = []
+    for selection in SELECTIONS:
+        for key, method in METHODS.items():
+            own = [result for result in results if result.card.run.method == key]
+            if own:
+                rows.append(single_row(method.label, selection, own))
+            several = [record for record in ensembles if record["method"] == key]
+            if several and selection == "source validation":
+                rows.append(ensemble_row(method.ensemble_label, several))
+    notes = [*common_notes(rows), *run_notes(results), *ensemble_notes(ensembles)]
+    card = results[0].card
+    return Table(card.dataset, card.domains, rows, notes)
+
+
+def refuse_doubles(results: Sequence[Result]) -> None:
+    """UserError for two runs that would claim the same place in a row."""
+    places: dict[tuple[Any, ...], Path] = {}
+    for result in results:
+        run = result.card.run
+        place = (run.method, run.test_env, run.trial_seed, run.seed, run.hparams_seed)
+        if place in places:
+            raise UserError(
+                f"{places[place]} and {result.folder} have the same method, target, trial, seed and hyper-parameter "
+                "seed: collect their folders apart"
+            )
+        places[place] = result.folder
+
+
+def single_row(label: str, selection: str, results: Sequence[Result]) -> Row:
+    """The row of a method's single models."""
+    row = Row(label, selection)
+    drawn: dict[tuple[str, int, int], list[Result]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: result.card.run.hparams_seed):
+        drawn[result.card.target, result.card.run.trial_seed, result.card.run.seed].append(result)
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (target, trial, _), candidates in drawn.items():
+        chosen = max(candidates, key=SELECTIONS[selection].score)
+        values[target][trial].append(100 * SELECTIONS[selection].accuracy(chosen))
+        row.models.append(1)
+        row.nbytes.append(chosen.card.nbytes)
+        row.float_nbytes.append(chosen.card.float_nbytes)
+    row.cells = cells(values)
+    return row
+
+
+def ensemble_row(label: str, ensembles: Sequence[dict[str, Any]]) -> Row:
+    """The row of a method's ensembles."""
+    row = Row(label, "source validation")
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in ensembles:
+        values[record["target"]][record["trial_seed"]].append(100 * record["target_accuracy"])
+        row.models.append(record["members"])
+        row.nbytes.append(record["nbytes"])
+        row.float_nbytes.append(record["float_nbytes"])
+    row.cells = cells(values)
+    return row
+
+
+def cells(values: dict[str, dict[int, list[float]]]) -> dict[str, Cell]:
+    """The mean of the values of each column's trials."""
+    return {
+        column: Cell({trial: fmean(seeds) for trial, seeds in sorted(trials.items())})
+        for column, trials in values.items()
+    }
+
+
+def common_notes(rows: Sequence[Row]) -> list[str]:
+    """What a cell is, and each selection in one line."""
+    n = span(len(cell.trials) for row in rows for cell in row.cells.values())
+    return [
         "Target accuracy in percent (in part of the domain left out), mean +/- standard error over trials "
-        f"(population std / sqrt(n)), n = {n}. X: not run.",
-        *sorted({f"Selection ({METHODS[card.run.method].label}): {card.selection}." for card in runs}),
+        f"(population std / sqrt(n)), n = {n}{', which gives no error' if n == '1' else ''}. X: not run.",
+        *(f"{name}: {selection.definition}." for name, selection in SELECTIONS.items()),
     ]
-    for label, seeds in counts.items():
-        if label in rows and max(seeds) > 1:
-            several = f"{max(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-            notes.append(f"{label}: a trial's value is the mean over {several} seeds.")
-    for label in (method.ensemble_label for method in METHODS.values()):
-        if label in rows:
-            row = rows[label]
-            several = "/".join(str(count) for count in sorted(set(row.models)))
-            ways = sorted({r["combine"] for r in ensembles if METHODS[r["method"]].ensemble_label == label})
-            notes.append(f"{label}: {several} members, mean of their {' or '.join(ways)}.")
-    notes.append(
-        f"Size: weights at their bits, all else float32; the ratio is to one float model "
-        f"({fmean(card.float_nbytes for card in runs) / 1e6:.2f} MB)."
+
+
+def run_notes(results: Sequence[Result]) -> list[str]:
+    """What is special about the single models."""
+    by_label: dict[str, list[ModelCard]] = defaultdict(list)
+    for result in results:
+        by_label[METHODS[result.card.run.method].label].append(result.card)
+    notes = []
+    for label, cards in by_label.items():
+        notes += [f"{label} selected: {text}." for text in sorted({card.selection for card in cards})]
+        seeds, draws = defaultdict(set), defaultdict(set)
+        for card in cards:
+            seeds[card.target, card.run.trial_seed].add(card.run.seed)
+            draws[card.target, card.run.trial_seed, card.run.seed].add(card.run.hparams_seed)
+        if max(map(len, seeds.values())) > 1:
+            notes.append(f"{label}: a trial's value is the mean over {span(map(len, seeds.values()))} seeds.")
+        if max(map(len, draws.values())) > 1:
+            notes.append(f"{label}: {span(map(len, draws.values()))} sets of hyper-parameters.")
+        elif differing := differences(cards):
+            notes.append(f"{label}: its runs differ in {', '.join(differing)}.")
+    size = fmean(result.card.float_nbytes for result in results) / 1e6
+    notes.append(f"Size: weights at their bits, all else float32; the ratio is to one float model ({size:.2f} MB).")
+    return notes + [f"Data: {source}." for source in sorted({result.card.data_source for result in results})]
+
+
+def ensemble_notes(ensembles: Sequence[dict[str, Any]]) -> list[str]:
+    """How many members, and how they are combined."""
+    by_label: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in ensembles:
+        by_label[METHODS[record["method"]].ensemble_label].append(record)
+    notes = []
+    for label, records in by_label.items():
+        ways = " or ".join(sorted({record["combine"] for record in records}))
+        notes.append(f"{label}: {span(record['members'] for record in records)} members, mean of their {ways}.")
+    return notes
+
+
+def differences(cards: Sequence[ModelCard]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    first = cards[0].config
+    return [n for n in first if n not in NOT_SETTINGS and any(card.config.get(n) != first[n] for card in cards)]
+
+
+def span(numbers: Iterable[int]) -> str:
+    """`3`, or `1 to 3`."""
+    values = sorted(set(numbers))
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def averages(tables: Sequence[Table]) -> Table:
+    """A column a data set: for each trial the mean over its target domains, and the error over these means.
+
+    A trial counts if it has all target domains.
+    """
+    rows: dict[tuple[str, str], Row] = {}
+    for table in tables:
+        for row in table.rows:
+            trials = [set(row.cells[column].trials) if column in row.cells else set() for column in table.columns]
+            means = {
+                trial: fmean(row.cells[column].trials[trial] for column in table.columns)
+                for trial in sorted(set.intersection(*trials))
+            }
+            both = rows.setdefault((row.selection, row.label), Row(row.label, row.selection))
+            if means:
+                both.cells[table.title] = Cell(means)
+    # Labels in the order of the methods, also where the first data set lacks one.
+    labels = [label for method in METHODS.values() for label in (method.label, method.ensemble_label)]
+    ordered = [rows[s, label] for s in SELECTIONS for label in labels if (s, label) in rows]
+    columns = [table.title for table in tables]
+    return Table(
+        "Averages", columns, ordered, [*common_notes(ordered), "A trial's value is the mean over all targets."]
     )
-    notes += [f"Data: {source}." for source in sorted({card.data_source for card in runs})]
-    return Table(first.dataset, first.domains, list(rows.values()), notes)
 
 
-def as_text(table: Table) -> str:
-    """For a terminal."""
-    grid = table.grid()
-    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in grid]
-    return "\n".join([f"{table.dataset}", "", lines[0], "-" * max(map(len, lines)), *lines[1:], "", *table.notes, ""])
-
-
-def as_markdown(table: Table) -> str:
-    """For a README."""
-    header, *rows = table.grid("±")
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        [f"**{table.dataset}**", "", *("| " + " | ".join(line) + " |" for line in lines), ""]
-        + [f"- {note}" for note in table.notes]
-        + [""]
-    )
-
-
-def as_latex(table: Table) -> str:
-    """For a paper; needs the package booktabs."""
-    header, *rows = ([escaped(cell) for cell in line] for line in table.grid(r"$\pm$"))
-    body = [" & ".join(line) + r" \\" for line in rows]
-    return "\n".join(
-        [f"% {note}" for note in [table.dataset, *table.notes]]
-        + [rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}", r"\toprule", " & ".join(header) + r" \\", r"\midrule"]
-        + [*body, r"\bottomrule", r"\end{tabular}", ""]
-    )
-
-
-def escaped(text: str) -> str:
-    """LaTeX's special characters that occur in names."""
-    for character in "&%_#":
-        text = text.replace(character, "\\" + character)
-    return text
-
-
-def as_json(table: Table, runs: Sequence[ModelCard], ensembles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def as_json(table: Table, results: Sequence[Result], ensembles: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Every cell unrounded, with n, settings and environments."""
     return {
-        "dataset": table.dataset,
-        "domains": table.domains,
+        "dataset": table.title,
+        "domains": table.columns,
         "rows": [
             {
                 "label": row.label,
+                "selection": row.selection,
                 "cells": {
                     target: {"mean": c.mean, "stderr": c.stderr, "n": len(c.trials), "trials": c.trials}
                     for target, c in row.cells.items()
@@ -189,48 +307,55 @@ def as_json(table: Table, runs: Sequence[ModelCard], ensembles: Sequence[dict[st
             for row in table.rows
         ],
         "notes": table.notes,
-        "runs": [asdict(card) for card in runs],
+        "runs": [asdict(result.card) for result in results],
         "ensembles": list(ensembles),
     }
 
 
+def read_result(folder: Path) -> Result:
+    """A finished run's card and last record."""
+    return Result(folder, read_card(folder), max(read_records(folder / "results.jsonl"), key=lambda r: r["step"]))
+
+
 def collect(config: CollectConfig) -> list[Path]:
-    """Print the tables of everything under a folder, and write table.txt, .md, .tex and .json; returns their paths."""
+    """Print the tables of everything under a folder; returns the paths of table.txt, .md, .tex, .csv and .json."""
     log = Log()
+    if config.digits < 0:
+        raise UserError(f"--digits must not be negative, not {config.digits}")
     folder = Path(config.folder)
-    cards = [read_card(run) for run in find_runs([config.folder])]
+    results = [read_result(run) for run in find_runs([config.folder])]
     ensembles = [
         record
         for manifest in sorted(folder.rglob("members.json"))
         for record in read_records(manifest.with_name("results.jsonl"))
     ]
-    unfinished = [
-        stored.parent for stored in sorted(folder.rglob("config.yaml")) if not stored.with_name("done").is_file()
-    ]
-    datasets = sorted({card.dataset for card in cards})
     grouped = {
-        name: ([c for c in cards if c.dataset == name], [e for e in ensembles if e["dataset"] == name])
-        for name in datasets
+        name: ([r for r in results if r.card.dataset == name], [e for e in ensembles if e["dataset"] == name])
+        for name in sorted({result.card.dataset for result in results})
     }
     for name, (runs, _) in grouped.items():
-        if len({tuple(card.domains) for card in runs}) > 1:
+        if len({tuple(result.card.domains) for result in runs}) > 1:
             raise UserError(f"runs of {name} under {folder} have different domains: collect their folders apart")
     tables = {name: build_table(*group) for name, group in grouped.items()}
-    output = Path(config.output_dir or config.folder)
-    text = "\n".join(as_text(table) for table in tables.values())
+    shown = [*tables.values()] + ([averages([*tables.values()])] if len(tables) > 1 else [])
+    text = "\n".join(table_formats.as_text(table, config.digits) for table in shown)
     log(text)
-    if unfinished:
-        log(f"{len(unfinished)} unfinished run(s) left out: {', '.join(map(str, unfinished))}")
+    if unfinished := [file.parent for file in sorted(folder.rglob("config.yaml")) if not is_done(file.parent)]:
+        some = ", ".join(map(str, unfinished[:5])) + ", ..." * (len(unfinished) > 5)
+        log(f"{len(unfinished)} unfinished run(s) left out: {some}")
+    output = Path(config.output_dir or config.folder)
     write_text(output / "table.txt", text)
-    write_text(output / "table.md", "\n".join(as_markdown(table) for table in tables.values()))
-    write_text(output / "table.tex", "\n".join(as_latex(table) for table in tables.values()))
-    write_json(
-        output / "table.json",
-        {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "tables": [as_json(tables[name], *grouped[name]) for name in datasets],
-        },
-    )
-    written = [output / f"table.{suffix}" for suffix in ("txt", "md", "tex", "json")]
+    write_text(output / "table.md", "\n".join(table_formats.as_markdown(table, config.digits) for table in shown))
+    write_text(output / "table.tex", "\n".join(table_formats.as_latex(table, config.digits) for table in shown))
+    write_text(output / "table.csv", table_formats.as_csv(shown))
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content = [as_json(tables[name], *group) for name, group in grouped.items()]
+    write_json(output / "table.json", {"date": date, "tables": content})
+    written = [output / f"table.{suffix}" for suffix in ("txt", "md", "tex", "csv", "json")]
     log("written: " + ", ".join(map(str, written)))
     return written
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run's folder has the mark of a finished one."""
+    return (folder / "done").is_file()

@@ -1,5 +1,6 @@
 """Training one run: the loop, the switch to quantized weights, selection, checkpoints, resume."""
 
+import copy
 import datetime
 import math
 import time
@@ -17,24 +18,30 @@ from tqdm import tqdm
 
 import qkernels as qk
 from qtdog.algorithms import ALGORITHMS
+from qtdog.averaging import AVERAGING, holding
 from qtdog.config import Quantization, RunConfig
 from qtdog.data import DomainSet, Preprocessing
+from qtdog.data.images import AUGMENTATIONS
 from qtdog.data.loaders import training_batches
 from qtdog.data.splits import seed_hash
+from qtdog.distributed import is_first, mean, merged, rank, share, share_buffers, synchronized, world_size
 from qtdog.environment import describe_environment
 from qtdog.errors import UserError
-from qtdog.evaluation import accuracy, domain_parts, evaluation_images, mean_out_accuracy, sources
+from qtdog.evaluation import accuracy, domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
 from qtdog.models import build_model, train_mode
 from qtdog.presets import METHODS, changed_from_preset
 from qtdog.runs import Log, ModelCard, read_records, replace_file, save_model, write_records, write_text
 from qtdog.steps import STEPS
+
+STATISTICS_BATCHES = 20
 
 
 def prepare_folder(run: RunConfig, folder: Path, resume: bool, overwrite: bool) -> bool:
     """Whether the run is still to be trained. Raises UserError if the folder holds another run, or half of this one."""
     stored = folder / "config.yaml"
     if overwrite or not stored.is_file():
-        for name in ("done", "checkpoint.pt", "results.jsonl", "out.txt", "model.json", "model.safetensors"):
+        written = ("done", "checkpoint.pt", "results.jsonl", "out.txt", "model.json", "model.safetensors")
+        for name in (*written, "disorder.csv"):
             (folder / name).unlink(missing_ok=True)
         write_text(stored, yaml.safe_dump(run.to_dict(), sort_keys=False))
         return True
@@ -55,9 +62,17 @@ def switch(model: nn.Module, optimizer: torch.optim.Optimizer, quantization: Qua
     """From now on `model` trains through quantized weights, and `optimizer` also trains their scales.
 
     The weights stay the same Parameters. (The code published with QT-DoG made new ones, which no optimizer knew: after
-    its switch neither weights nor scales were trained.)
+    its switch neither weights nor scales were trained. That is `rtn-frozen`: the layers that are quantized are not
+    trained any more; `frozen-backbone` leaves them as they are, float.)
+
+    Returns:
+        What was quantized, or would have been.
     """
-    report = qk.quantize_(model, quantization.qconfig())
+    quantized = model if quantization.makes_codes else copy.deepcopy(model)
+    report = qk.quantize_(quantized, quantization.qconfig())
+    if quantization.qat_mode != "qat":
+        for layer in report.quantized:
+            model.get_submodule(layer.name).requires_grad_(False)
     qk.fuse_weights_(model)
     qk.add_scales_(optimizer, model, lr=quantization.scale_lr)
     return report
@@ -65,7 +80,13 @@ def switch(model: nn.Module, optimizer: torch.optim.Optimizer, quantization: Qua
 
 def may_be_selected(run: RunConfig, step: int) -> bool:
     """A quantized method selects among quantized checkpoints only."""
-    return run.quantization is None or step >= run.quantization.switch_step
+    return run.quantization is None or step >= run.quantization.complete_from(run.steps)
+
+
+def scale_sizes(model: nn.Module) -> dict[str, list[float]]:
+    """Mean, least and greatest element of each learned scale, by name, as it is used: without its sign."""
+    sizes = {name: scale.detach().abs() for name, scale in qk.named_scales(model)}
+    return {name: [size.mean().item(), size.min().item(), size.max().item()] for name, size in sizes.items()}
 
 
 @contextmanager
@@ -114,13 +135,18 @@ class Trainer:
         self.train_parts = [parts[f"env{env}_in"] for env in self.sources]
         self.images = evaluation_images(run, dataset, parts, workers)
         channels = dataset.image_shape[0]
-        model = build_model(run.backbone, len(dataset.classes), channels, run.weights, run.dropout, self.log)
+        size = dataset.image_shape[-1]
+        model = build_model(run.backbone, len(dataset.classes), channels, run.weights, run.dropout, self.log, size)
         self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.network = synchronized(self.model)  # what is trained: the same model, in one or several processes
         self.float_nbytes = qk.packed_nbytes(model)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+        self.loss = partial(ALGORITHMS[self.method.algorithm], **run.loss)
+        self.take_step = STEPS[self.method.step](**run.step)
+        self.averaging = AVERAGING[self.method.averaging](**run.averaging)
         self.start = 0
         self.records: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None  # {"record": its results, "model": its state dict}
+        self.best: dict[str, Any] | None = None  # step, validation accuracy, accuracies, and the model's state dict
 
     def announce(self) -> None:
         """Say what runs, on which data, with which presets and versions."""
@@ -132,10 +158,18 @@ class Trainer:
         self.log(f"data: {self.dataset.source}")
         described = "float"
         if quantization:
+            inputs = f", inputs {quantization.act_bits} bit" if quantization.act_bits else ""
             described = (
-                f"{quantization.weight_bits} bit per {quantization.granularity}, from {quantization.switch_step}"
+                f"{quantization.weight_bits} bit per {quantization.granularity}{inputs}, "
+                f"from {quantization.switch_step} ({quantization.quantizer}, {quantization.qat_mode})"
             )
-        self.log(f"method preset {run.method}: loss {self.method.algorithm}, step {self.method.step}, {described}")
+        rules = {"loss": self.method.algorithm, "step": self.method.step, "averaging": self.method.averaging}
+        numbers = {"loss": run.loss, "step": run.step, "averaging": run.averaging}
+        told = [
+            f"{kind} {rule}" + "".join(f" {name}={value}" for name, value in numbers[kind].items())
+            for kind, rule in rules.items()
+        ]
+        self.log(f"method preset {run.method}: {', '.join(told)}, {described}")
         changed = ", ".join(f"{name}={value}" for name, value in changed_from_preset(run).items())
         self.log(f"protocol preset {run.dataset}: {'changed ' + changed if changed else 'unchanged'}")
         self.log("environment: " + ", ".join(f"{name} {value}" for name, value in self.environment.items()))
@@ -143,26 +177,18 @@ class Trainer:
     def run_steps(self, progress: bool) -> None:
         """All steps from `start` on, with an evaluation and a checkpoint at every `checkpoint_freq`-th and the last."""
         run = self.run
-        loss_of, take_step = ALGORITHMS[self.method.algorithm], STEPS[self.method.step]
-        batches = training_batches(self.train_parts, run.batch_size, run.seed, self.start, run.steps, self.workers)
         losses: list[float] = []
         began = time.perf_counter()
         train_mode(self.model, run.freeze_bn)
-        bar_off = None if progress else True  # None: off where there is no terminal
+        bar_off = None if progress and is_first() else True  # None: off where there is no terminal
         bar = tqdm(total=run.steps, initial=self.start, desc=f"{self.method.label} {self.target}", disable=bar_off)
         with bar:
-            for step, batch in enumerate(batches, self.start):
-                if run.quantization and step == run.quantization.switch_step:
-                    report = switch(self.model, self.optimizer, run.quantization)
-                    kept = ", ".join(report.skipped) or "none"
-                    self.log(f"step {step}: {len(report.quantized)} layers quantized, float layers: {kept}")
-                minibatches = [
-                    (x.to(self.device, memory_format=torch.channels_last, non_blocking=True), y.to(self.device))
-                    for x, y in batch
-                ]
-                # Dropout's numbers are those of this step, whether or not the run was resumed.
-                torch.manual_seed(seed_hash(run.seed, "step", step))
-                losses.append(take_step(partial(loss_of, self.model, minibatches), self.optimizer).item())
+            for step, batch in enumerate(self.batches(self.start, run.steps), self.start):
+                if self.averaging.finished:
+                    self.log(f"the averaging rule ends the run before step {step}")
+                    return
+                self.quantize(step)
+                losses.append(self.train_on(batch, step))
                 if not math.isfinite(losses[-1]):
                     raise UserError(
                         f"the loss is {losses[-1]} at step {step} of {self.folder}: try a smaller --lr or --scale-lr; "
@@ -174,13 +200,87 @@ class Trainer:
                     losses, began = [], time.perf_counter()
                 bar.update()
 
+    def batches(self, start: int, stop: int, whole: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """This process's share of the minibatches of these steps, or the `whole` of them.
+
+        Each is one (images, labels) a source domain, on the device.
+        """
+        run = self.run
+        augment, part = AUGMENTATIONS[run.augmentation].train, (0, 1) if whole else (rank(), world_size())
+        for batch in training_batches(
+            self.train_parts, run.batch_size, run.seed, start, stop, self.workers, augment, part
+        ):
+            yield [
+                (x.to(self.device, memory_format=torch.channels_last, non_blocking=True), y.to(self.device))
+                for x, y in batch
+            ]
+
+    def quantize(self, step: int) -> None:
+        """What the method's quantization has to do before the update of `step`."""
+        quantization = self.run.quantization
+        if quantization is None:
+            return
+        if step == quantization.switch_step:
+            report = switch(self.model, self.optimizer, quantization)
+            self.network = synchronized(self.model)
+            what = "quantized" if quantization.makes_codes else "frozen"
+            kept = ", ".join(report.skipped) or "none"
+            self.log(f"step {step}: {len(report.quantized)} layers {what}, float layers: {kept}")
+        snaps = quantization.snaps(self.run.steps)
+        if step in snaps:
+            qk.snap_(self.model, snaps[step])
+            self.log(f"step {step}: {snaps[step]:.1%} of the weights frozen at powers of two")
+
+    def train_on(self, batch: list[tuple[Tensor, Tensor]], step: int) -> float:
+        """One update; returns the loss before it."""
+
+        def loss() -> Tensor:
+            # Dropout's numbers are those of this step: whether or not the run was resumed, and in both passes of SAM.
+            # Each process has other images, so the first alone has the numbers of a run in one process.
+            torch.manual_seed(seed_hash(self.run.seed, "step", step, *([rank()] if rank() else [])))
+            return self.loss(self.network, batch)
+
+        torch.manual_seed(seed_hash(self.run.seed, "step rule", step))
+        value = mean(self.take_step(loss, self.network, self.optimizer))
+        self.averaging.update(self.model, step)
+        return value.item()
+
+    def evaluate(self, step: int) -> tuple[dict[str, float], bool]:
+        """Accuracies after the update of `step`, by the averaged weights where the method says so, and whether it did.
+
+        If this model may be selected and is the best so far, it is kept.
+        """
+        run, averaging = self.run, self.averaging
+        share_buffers(self.model)
+        if averaging.needs_loss:
+            self.model.eval()
+            losses = [mean_loss(self.model, [self.images[f"env{env}_out"]], self.device) for env in self.sources]
+            averaging.end_segment(step, sum(losses) / len(losses))
+        final = step == run.steps - 1 or averaging.finished
+        weights = averaging.averaged_weights(final)
+        with holding(self.model, weights, None if run.freeze_bn else self.statistics_images()):
+            names = list(self.images)
+            own = {name: accuracy(self.model, self.images[name], self.device) for name in share(names)}
+            accuracies = {f"{name}_acc": value for name, value in merged(own, names).items()}
+            validation = mean_out_accuracy(accuracies, self.sources)
+            selectable = may_be_selected(run, step) and (final or not averaging.final_only)
+            if selectable and (self.best is None or validation > self.best["validation"]):
+                state = {name: value.detach().clone().cpu() for name, value in self.model.state_dict().items()}
+                self.best = {"step": step, "validation": validation, "accuracies": accuracies, "model": state}
+        train_mode(self.model, run.freeze_bn)
+        return accuracies, weights is not None
+
+    def statistics_images(self) -> Iterator[Tensor]:
+        """Training images on which an averaged model's BatchNorm statistics are estimated, the same every time."""
+        return (torch.cat([x for x, _ in batch]) for batch in self.batches(0, STATISTICS_BATCHES, whole=True))
+
     def checkpoint(self, step: int, loss: float, step_time: float) -> None:
         """Evaluate after the update of `step`, keep the model if it is the best so far, and write it all down."""
         began = time.perf_counter()
-        accuracies = {f"{name}_acc": accuracy(self.model, part, self.device) for name, part in self.images.items()}
-        train_mode(self.model, self.run.freeze_bn)
+        accuracies, averaged = self.evaluate(step)
         smallest = min(len(part.indices) for part in self.train_parts)
-        quantized = self.run.quantization is not None and step >= self.run.quantization.switch_step
+        quantization = self.run.quantization
+        quantized = quantization is not None and quantization.makes_codes and may_be_selected(self.run, step)
         record = {
             "step": step,
             "epoch": step * self.run.batch_size / smallest,
@@ -189,6 +289,8 @@ class Trainer:
             "eval_time": time.perf_counter() - began,
             **accuracies,
             "quantized": quantized,
+            "averaged": averaged,
+            "scales": scale_sizes(self.model),
             "data_source": self.dataset.source,
             "args": self.domainbed_args(),
             "hparams": self.run.to_dict(),
@@ -197,25 +299,23 @@ class Trainer:
         if self.device.type == "cuda":
             record["mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.records.append(record)
-        validation = mean_out_accuracy(accuracies, self.sources)
-        if may_be_selected(self.run, step) and (
-            self.best is None or validation > mean_out_accuracy(self.best["record"], self.sources)
-        ):
-            state = {name: value.detach().clone().cpu() for name, value in self.model.state_dict().items()}
-            self.best = {"record": record, "model": state}
         write_records(self.folder / "results.jsonl", self.records)
+        for name, text in self.take_step.files().items():
+            write_text(self.folder / name, text)
         stored = {
             "step": step,
             "data": self.data_fingerprint(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "step_rule": self.take_step.state_dict(),
+            "averaging": self.averaging.state_dict(),
             "best": self.best,
         }
         replace_file(self.folder / "checkpoint.pt", partial(torch.save, stored))
         self.log(
-            f"step {step:>5}  loss {loss:.4f}  source out {validation:.4f}  "
+            f"step {step:>5}  loss {loss:.4f}  source out {mean_out_accuracy(accuracies, self.sources):.4f}  "
             f"target in {accuracies[f'env{self.run.test_env}_in_acc']:.4f}  {step_time:.3f} s/step  "
-            f"{'quantized' if quantized else 'float'}"
+            f"{'quantized' if quantized else 'float'}{', averaged' if averaged else ''}"
         )
 
     def restore(self) -> None:
@@ -232,8 +332,11 @@ class Trainer:
         self.start = stored["step"] + 1
         if self.run.quantization and self.start > self.run.quantization.switch_step:
             switch(self.model, self.optimizer, self.run.quantization)
+            self.network = synchronized(self.model)
         self.model.load_state_dict(stored["model"])
         self.optimizer.load_state_dict(stored["optimizer"])
+        self.take_step.load_state_dict(stored["step_rule"])
+        self.averaging.load_state_dict(stored["averaging"], self.device)
         self.best = stored["best"]
         # A kill between the two writes of `checkpoint` leaves a record that will be made again.
         self.records = [r for r in read_records(self.folder / "results.jsonl") if r["step"] < self.start]
@@ -242,9 +345,7 @@ class Trainer:
     def finish(self, preprocessing: Preprocessing | None) -> ModelCard:
         """Write the selected model and mark the run as done."""
         assert self.best is not None  # settings whose switch is never reached are refused before training
-        record: dict[str, Any] = self.best["record"]
-        state: dict[str, Tensor] = self.best["model"]
-        quantization = self.run.quantization
+        quantization = self.run.quantization if self.run.quantization and self.run.quantization.makes_codes else None
         card = ModelCard(
             config=self.run.to_dict(),
             dataset=self.dataset.name,
@@ -256,20 +357,30 @@ class Trainer:
             preprocessing=asdict(preprocessing) if preprocessing else None,
             backbone=self.run.backbone,
             quantization=quantization.qconfig().to_dict() if quantization else None,
-            selection=f"source validation, the {'quantized ' if quantization else ''}checkpoint with the best mean "
-            "accuracy on the source domains' out parts",
-            selected_step=record["step"],
-            source_validation_accuracy=mean_out_accuracy(record, self.sources),
-            accuracies={name: value for name, value in record.items() if name.endswith("_acc")},
+            selection=self.selection(),
+            selected_step=self.best["step"],
+            source_validation_accuracy=self.best["validation"],
+            accuracies=self.best["accuracies"],
             nbytes=qk.packed_nbytes(self.model),
             float_nbytes=self.float_nbytes,
             environment=self.environment,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        save_model(self.folder, state, card)
+        save_model(self.folder, self.best["model"], card)
         write_text(self.folder / "done", "done\n")
         self.log(f"selected step {card.selected_step}, target accuracy {card.target_accuracy:.4f}")
         return card
+
+    def selection(self) -> str:
+        """How the model was chosen, for tables."""
+        quantized = "quantized " if self.run.quantization and self.run.quantization.makes_codes else ""
+        if self.averaging.final_only:
+            return f"the {quantized}average at the end of the run, from source validation losses"
+        averaged = " of averaged weights" if self.method.averaging != "none" else ""
+        return (
+            f"source validation, the {quantized}checkpoint{averaged} with the best mean accuracy on the source "
+            "domains' out parts"
+        )
 
     def data_fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumed run."""
@@ -284,7 +395,7 @@ class Trainer:
             "test_envs": [self.run.test_env],
             "trial_seed": self.run.trial_seed,
             "seed": self.run.seed,
-            "hparams_seed": 0,
+            "hparams_seed": self.run.hparams_seed,
             "holdout_fraction": self.run.holdout_fraction,
             "steps": self.run.steps,
             "checkpoint_freq": self.run.checkpoint_freq,

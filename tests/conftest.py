@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,6 @@ import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, slowly
-
-ICON_STYLES = Path(__file__).parents[2] / "shared" / "data" / "icon_styles.zip"
-LITE0_WEIGHTS = Path(__file__).parents[2] / "shared" / "weights" / "tf_efficientnet_lite0.safetensors"
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Every example of README and docs runs: Python blocks as they are, qtdog commands with small numbers added."""
 
+import os
 import re
 import shlex
 import sys
@@ -10,10 +11,12 @@ import pytest
 from PIL import Image
 
 from qtdog.cli import main
+from qtdog.data.benchmarks import BENCHMARKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m qkernels", "unzip ")  # .ci/run, other tests
+# Run by .ci/run or other tests.
+ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m qkernels", "unzip ", "torchrun ")
 SMALL = "--steps 4 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --num-workers 0 --device cpu"
 
 
@@ -25,7 +28,8 @@ PYTHON = [pytest.param(code, id=f"{page.stem}{i}") for page in PAGES for i, code
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_example_runs(code, capsys):
+def test_python_example_runs(code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "example"})
 
 
@@ -38,6 +42,32 @@ def pictures(tmp_path):
             folder.mkdir(parents=True)
             for i in range(10):
                 Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    rows = [f"{p},{p.parent.name},{p.parts[-3]}" for p in sorted((tmp_path / "pictures").rglob("*.png"))]
+    (tmp_path / "pictures.csv").write_text("\n".join(["path,label,domain", *rows]))
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """MNIST's files with 60 digits of noise, for commands that would use 5,000."""
+    (tmp_path / "digits" / "MNIST" / "raw").mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind, shape in (("images-idx3", (30, 28, 28)), ("labels-idx1", (30,))):
+            values = np.random.default_rng(0).integers(0, 10, shape, dtype=np.uint8)
+            header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
+            file = tmp_path / "digits" / "MNIST" / "raw" / f"{part}-{kind}-ubyte"
+            file.write_bytes(header + values.tobytes())
+
+
+@pytest.fixture
+def pacs(tmp_path):
+    """PACS by number and name: the same image 9,991 times."""
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    for domain, counts in BENCHMARKS["PACS"].class_images.items():
+        for label, count in zip(BENCHMARKS["PACS"].classes, counts, strict=True):
+            folder = tmp_path / "data" / "PACS" / domain / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                os.link(tmp_path / "dot.png", folder / f"{index}.png")
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -46,9 +76,11 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(c[0] == "qtdog" for c in commands(p))], ids=lambda p: p.stem)
-def test_qtdog_commands_run(page, pictures, tmp_path, monkeypatch):
+def test_qtdog_commands_run(page, pictures, digits, tmp_path, monkeypatch, request):
     if page.stem == "results":
         pytest.skip("takes the shared images and weights, see tests/qtdog/test_cli.py")
+    if page.stem == "data":
+        request.getfixturevalue("pacs")
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
         if command[0] != "qtdog":
@@ -57,8 +89,12 @@ def test_qtdog_commands_run(page, pictures, tmp_path, monkeypatch):
             command += shlex.split(SMALL)
             if "erm" not in command:
                 command += ["--switch-step", "1"]
-            if "folder" in command:
+            if "folder" in command or "csv" in command:
                 command += ["--image-size", "32"]
+        if "RotatedMNIST" in command:
+            command += ["--data-dir", "digits"]
+        if command[1] == "sweep":
+            command += shlex.split(SMALL + " --switch-step 1 --n-trials 1 --members 2")
         monkeypatch.setattr(sys, "argv", command)
         assert main(command[1:]) in (0, None), command
 

@@ -1,12 +1,17 @@
-"""What the loss is. An algorithm maps (model, minibatches of the source domains) to a scalar loss."""
+"""What the loss is. An algorithm maps (model, minibatches of the source domains) to a scalar loss.
+
+Its keyword arguments are its numbers: each is a flag of `qtdog train` of the same name, and a preset's number.
+"""
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from qtdog.algorithms.coral import coral
 from qtdog.algorithms.erm import erm
+from qtdog.algorithms.mixstyle import mixstyle
 
 Minibatches = list[tuple[Tensor, Tensor]]
-Algorithm = Callable[[nn.Module, Minibatches], Tensor]
+Algorithm = Callable[..., Tensor]
 
-ALGORITHMS: dict[str, Algorithm] = {"erm": erm}
+ALGORITHMS: dict[str, Algorithm] = {"erm": erm, "coral": coral, "mixstyle": mixstyle}

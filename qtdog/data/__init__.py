@@ -2,19 +2,63 @@
 
 from collections.abc import Callable
 
+import torch
+
+from qtdog.data.benchmark_files import benchmark_files
+from qtdog.data.benchmarks import BENCHMARKS
 from qtdog.data.domains import Domain, DomainSet
-from qtdog.data.folders import Preprocessing, folder_set
-from qtdog.data.mnist import colored_mnist, rotated_mnist
+from qtdog.data.folders import ImageFiles, folder_files
+from qtdog.data.images import ImageDomain, Preprocessing, plain_transform, training_transform
+from qtdog.data.manifests import manifest_files
+from qtdog.data.mnist import ANGLES, COLOR_FLIPS, colored_mnist, rotated_mnist
 
-__all__ = ["DATASETS", "Domain", "DomainSet", "Preprocessing", "load_dataset"]
+__all__ = ["DIGITS", "Domain", "DomainSet", "Preprocessing", "domain_names", "image_files", "load_dataset"]
 
-DATASETS = ("RotatedMNIST", "ColoredMNIST", "folder")
+DIGITS = {"RotatedMNIST": rotated_mnist, "ColoredMNIST": colored_mnist}
 
 
 def load_dataset(
     name: str, data_dir: str | None, preprocessing: Preprocessing | None, log: Callable[[str], None] = print
 ) -> DomainSet:
-    """The data set `name`; `preprocessing` is for folders of images, the MNIST sets come as they are."""
-    if preprocessing is not None:
-        return folder_set(data_dir, preprocessing, log)
-    return {"RotatedMNIST": rotated_mnist, "ColoredMNIST": colored_mnist}[name](data_dir)
+    """The data set `name`; `preprocessing` is for pictures, the MNIST sets come as they are."""
+    if name in DIGITS:
+        return DIGITS[name](data_dir)
+    assert preprocessing is not None
+    return domain_set(image_files(name, data_dir, log), preprocessing)
+
+
+def domain_names(name: str, data_dir: str | None) -> tuple[str, list[str]]:
+    """The data set's title and the names of its domains, without opening an image."""
+    known = {"RotatedMNIST": [str(angle) for angle in ANGLES], "ColoredMNIST": list(COLOR_FLIPS)}
+    known |= {title: list(benchmark.images) for title, benchmark in BENCHMARKS.items()}
+    if name in known:
+        return name, known[name]
+    found = image_files(name, data_dir, lambda line: None)
+    return found.name, list(found.files)
+
+
+def image_files(name: str, data_dir: str | None, log: Callable[[str], None] = print) -> ImageFiles:
+    """The files of a data set of pictures, checked but not opened."""
+    if name in BENCHMARKS:
+        return benchmark_files(name, data_dir, log)
+    return {"folder": folder_files, "csv": manifest_files}[name](data_dir, log)
+
+
+def domain_set(found: ImageFiles, preprocessing: Preprocessing) -> DomainSet:
+    """A data set whose images are read at each use, class after class within a domain as torchvision's ImageFolder."""
+    augmented, plain = training_transform(preprocessing), plain_transform(preprocessing)
+    domains = []
+    for name, files in found.files.items():
+        paths = [path for label in found.classes for path in files[label]]
+        labels = torch.tensor([index for index, label in enumerate(found.classes) for _ in files[label]])
+        domains.append(ImageDomain(name, paths, labels, augmented, plain))
+    splits = None
+    if found.out is not None:
+        splits = [given_split(domain.paths, found.out) for domain in domains]
+    size = preprocessing.image_size
+    return DomainSet(found.name, found.source, found.classes, domains, (3, size, size), splits)
+
+
+def given_split(paths: list, out: set) -> tuple[list[int], list[int]]:
+    """Indices of the `in` and `out` parts that a manifest names."""
+    return [i for i, path in enumerate(paths) if path not in out], [i for i, path in enumerate(paths) if path in out]

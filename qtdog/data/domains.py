@@ -28,10 +28,15 @@ class Domain(Protocol):
 
 @dataclass(frozen=True)
 class DomainSet:
-    """A data set: `domains` in the order that `--test-envs` counts; `source` says where the images are from."""
+    """A data set: `domains` in the order that `--test-envs` counts; `source` says where the images are from.
+
+    `splits` holds the indices of each domain's `in` and `out` parts where the data set itself decides them; None leaves
+    it to DomainBed's random split.
+    """
 
     name: str
     source: str
     classes: list[str]
     domains: Sequence[Domain]
     image_shape: tuple[int, int, int]
+    splits: list[tuple[list[int], list[int]]] | None = None

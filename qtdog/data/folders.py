@@ -1,80 +1,44 @@
 """Any `<root>/<domain>/<class>/<image>` folder."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-from torchvision import transforms
-
-from qtdog.data.domains import DomainSet
 from qtdog.errors import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """What a backbone wants to see: square RGB images of `image_size` pixels, (x/255 - mean) / std."""
+class ImageFiles:
+    """The image files of a data set by domain and class, none of them opened yet.
 
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class FolderDomain:
-    """The images of one domain folder, read from disk at each use."""
+    `out` are those that a manifest gives to the `out` parts; None leaves it to DomainBed's random split.
+    """
 
     name: str
-    paths: list[Path]
-    labels: Tensor
-    train_transform: Callable[[Image.Image], Tensor]
-    eval_transform: Callable[[Image.Image], Tensor]
-
-    def images(self, indices: Sequence[int], augment: bool) -> Tensor:
-        """float32 [len(indices), 3, H, W], normalized."""
-        transform = self.train_transform if augment else self.eval_transform
-        return torch.stack([transform(read_image(self.paths[i])) for i in indices])
+    source: str
+    classes: list[str]
+    files: dict[str, dict[str, list[Path]]]
+    out: set[Path] | None = None
 
 
-def read_image(path: Path) -> Image.Image:
-    """An RGB image, or a UserError naming the file."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path} ({error}): replace or remove it") from error
+def folder_files(root: str | None, log: Callable[[str], None] = print) -> ImageFiles:
+    """What lies under `root`; domains and classes in lexicographic order, images in torchvision's ImageFolder order.
 
-
-def folder_set(root: str | None, preprocessing: Preprocessing, log: Callable[[str], None] = print) -> DomainSet:
-    """The data set under `root`; domains and classes in lexicographic order, images in torchvision's ImageFolder order.
-
-    Names that start with a dot, README or LICENSE are skipped; any other stray file or folder, an empty domain and a
-    class that one domain lacks are errors.
+    Names that start with a dot, README or LICENSE are skipped; any other stray file or folder, an empty domain, an
+    empty image file and a class that one domain lacks are errors.
     """
-    if root is None:
-        raise UserError("--dataset folder needs --data-dir ROOT with ROOT/<domain>/<class>/<image>")
-    base = Path(root)
-    if not base.is_dir():
-        raise UserError(f"--data-dir {root} is not a folder")
-    normalize = transforms.Normalize(preprocessing.mean, preprocessing.std)
-    size = preprocessing.image_size
-    train_transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
-            transforms.RandomGrayscale(),
-            transforms.ToTensor(),
-            normalize,
-        ]
-    )
-    eval_transform = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor(), normalize])
-
-    found = {domain.name: class_files(domain) for domain in subfolders(base, "domain")}
+    base = existing_folder("folder", root, "ROOT/<domain>/<class>/<image>")
+    found = {}
+    for domain in subfolders(base, "domain"):
+        found[domain.name] = {
+            folder.name: images for folder in subfolders(domain, "class") if (images := listed_images(folder))
+        }
+        if not found[domain.name]:
+            raise UserError(f"the domain {domain} holds no images: fill it as <domain>/<class>/<image> or remove it")
+        log(f"  domain {len(found) - 1} {domain.name}: {count(found[domain.name]):,} images")
     if len(found) < 2:
         raise UserError(
             f"{base} holds {len(found)} domain folder(s); at least 2 are needed: <root>/<domain>/<class>/<image>"
@@ -84,19 +48,29 @@ def folder_set(root: str | None, preprocessing: Preprocessing, log: Callable[[st
     if any(lacking.values()):
         parts = [f"{name} lacks {', '.join(missing)}" for name, missing in lacking.items() if missing]
         raise UserError(f"domains of {base} do not share their classes: {'; '.join(parts)}")
-    domains = []
-    for name, files in found.items():
-        paths = [path for label in classes for path in files[label]]
-        labels = torch.tensor([index for index, label in enumerate(classes) for _ in files[label]])
-        domains.append(FolderDomain(name, paths, labels, train_transform, eval_transform))
-        log(f"  domain {len(domains) - 1} {name}: {len(paths):,} images")
-    total = sum(len(domain.paths) for domain in domains)
-    return DomainSet(base.resolve().name, f"{total:,} images under {base}", classes, domains, (3, size, size))
+    total = sum(map(count, found.values()))
+    return ImageFiles(base.resolve().name, f"{total:,} images under {base}", classes, found)
 
 
-def listed(folder: Path) -> list[Path]:
+def existing_folder(dataset: str, root: str | None, layout: str) -> Path:
+    """`--data-dir` as a path, or a UserError that shows the layout."""
+    if root is None:
+        raise UserError(f"--dataset {dataset} needs --data-dir ROOT with {layout}")
+    if not Path(root).is_dir():
+        raise UserError(f"--data-dir {root} is not a folder")
+    return Path(root)
+
+
+def count(classes: dict[str, list[Path]]) -> int:
+    """Number of images of one domain."""
+    return sum(map(len, classes.values()))
+
+
+def listed(folder: Path) -> list[os.DirEntry[str]]:
     """What lies in `folder`, by name, but hidden files and those that document a data set."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "README", "LICENSE")))
+    with os.scandir(folder) as entries:
+        kept = [entry for entry in entries if not entry.name.startswith((".", "README", "LICENSE"))]
+    return sorted(kept, key=lambda entry: entry.name)
 
 
 def subfolders(parent: Path, kind: str) -> list[Path]:
@@ -104,22 +78,18 @@ def subfolders(parent: Path, kind: str) -> list[Path]:
     entries = listed(parent)
     for entry in entries:
         if not entry.is_dir():
-            raise UserError(f"stray file {entry}: {parent} may hold {kind} folders only; move it away")
-    return entries
+            raise UserError(f"stray file {entry.path}: {parent} may hold {kind} folders only; move it away")
+    return [Path(entry.path) for entry in entries]
 
 
-def class_files(domain: Path) -> dict[str, list[Path]]:
-    """The images of each class of one domain, by name; a class folder without images counts as absent."""
-    files = {}
-    for folder in subfolders(domain, "class"):
-        entries = listed(folder)
-        for entry in entries:
-            if entry.is_dir():
-                raise UserError(f"stray folder {entry}: {folder} may hold images only; move it away")
-            if entry.suffix.lower() not in EXTENSIONS:
-                raise UserError(f"stray file {entry}: not an image ({', '.join(sorted(EXTENSIONS))}); move it away")
-        if entries:
-            files[folder.name] = entries
-    if not files:
-        raise UserError(f"the domain {domain} holds no images: fill it as <domain>/<class>/<image> or remove it")
-    return files
+def listed_images(folder: Path) -> list[Path]:
+    """The images of one class of one domain, by name; anything else there, or an empty file, is a UserError."""
+    entries = listed(folder)
+    for entry in entries:
+        if entry.is_dir():
+            raise UserError(f"stray folder {entry.path}: {folder} may hold images only; move it away")
+        if Path(entry.name).suffix.lower() not in EXTENSIONS:
+            raise UserError(f"stray file {entry.path}: not an image ({', '.join(sorted(EXTENSIONS))}); move it away")
+        if entry.stat().st_size == 0:
+            raise UserError(f"{entry.path} is empty, an image was expected: replace or remove it")
+    return [Path(entry.path) for entry in entries]

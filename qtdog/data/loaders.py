@@ -33,10 +33,20 @@ class Part:
 
 
 class Minibatches(Dataset):
-    """Item t: for each source domain, `batch_size` (image, label) pairs drawn with replacement, augmented."""
+    """Item t: for each source domain, `batch_size` (image, label) pairs drawn with replacement.
 
-    def __init__(self, parts: Sequence[Part], batch_size: int, seed: int) -> None:
-        self.parts, self.batch_size, self.seed = parts, batch_size, seed
+    With several processes, each gets its `share` (rank, world_size) of them: the same pairs as one process, divided.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        batch_size: int,
+        seed: int,
+        augment: bool = True,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.parts, self.batch_size, self.seed, self.augment, self.share = parts, batch_size, seed, augment, share
 
     def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]] | UserError:
         # An exception from a worker process would arrive wrapped in its traceback: hand a user's error over as a value.
@@ -46,20 +56,39 @@ class Minibatches(Dataset):
             return error
 
     def minibatch(self, part: Part, step: int) -> tuple[Tensor, Tensor]:
-        """images float32 [batch_size, C, H, W], labels int64 [batch_size]; the caller's random state is untouched."""
+        """images float32 [B, C, H, W], labels int64 [B] with B = batch_size / world_size.
+
+        The caller's random state is untouched.
+        """
+        rank, world_size = self.share
+        positions = range(rank, self.batch_size, world_size)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_hash(self.seed, part.env, step))
             drawn = torch.randint(len(part.indices), (self.batch_size,)).tolist()
-            indices = [part.indices[i] for i in drawn]
-            return part.domain.images(indices, augment=True), part.domain.labels[indices]
+            indices = [part.indices[drawn[position]] for position in positions]
+            if not self.augment:
+                return part.domain.images(indices, False), part.domain.labels[indices]
+            images = []
+            for position, index in zip(positions, indices, strict=True):
+                # Seeded one by one, so that an image does not depend on which process reads it.
+                torch.default_generator.manual_seed(seed_hash(self.seed, part.env, step, position))
+                images.append(part.domain.images([index], True))
+            return torch.cat(images), part.domain.labels[indices]
 
 
 def training_batches(
-    parts: Sequence[Part], batch_size: int, seed: int, start: int, stop: int, workers: int
+    parts: Sequence[Part],
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    workers: int,
+    augment: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """The minibatches of steps start..stop-1, in order."""
     loader = DataLoader(
-        Minibatches(parts, batch_size, seed),
+        Minibatches(parts, batch_size, seed, augment, share),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
@@ -72,10 +101,10 @@ def training_batches(
 
 
 class Chunks(Dataset):
-    """Item k: the k-th chunk of a part's images, not augmented."""
+    """Item k: the k-th chunk of a part's images; if augmented, then in the same way at every pass."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, part: Part, augment: bool) -> None:
+        self.part, self.augment = part, augment
 
     def __len__(self) -> int:
         return -(-len(self.part.indices) // EVAL_BATCH)
@@ -83,7 +112,9 @@ class Chunks(Dataset):
     def __getitem__(self, chunk: int) -> Tensor | UserError:
         indices = self.part.indices[chunk * EVAL_BATCH : (chunk + 1) * EVAL_BATCH]
         try:
-            return self.part.domain.images(indices, augment=False)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed_hash("evaluation", self.part.env, chunk))
+                return self.part.domain.images(indices, self.augment)
         except UserError as error:
             return error
 
@@ -95,6 +126,7 @@ class EvaluationImages:
     part: Part
     workers: int = 0
     keep: bool = False
+    augment: bool = False
     kept: list[Tensor] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,7 +136,12 @@ class EvaluationImages:
             yield from zip(self.kept, labels, strict=True)
             return
         read: list[Tensor] = []
-        loader = DataLoader(Chunks(self.part), batch_size=None, num_workers=self.workers, generator=torch.Generator())
+        loader = DataLoader(
+            Chunks(self.part, self.augment),
+            batch_size=None,
+            num_workers=self.workers,
+            generator=torch.Generator(),
+        )
         for images, chunk_labels in zip(loader, labels, strict=True):
             if isinstance(images, UserError):
                 raise images

@@ -167,6 +167,21 @@ def test_compiled_with_one_graph_once_started(fused):
         torch.testing.assert_close(p.grad, expected[n], msg=n)
 
 
+def test_compiling_before_the_first_batch_says_what_to_do():
+    model = net()
+    qk.quantize_(model, W4A4)
+    with pytest.raises(Exception, match="run one before compiling"):
+        torch.compile(model, fullgraph=True, backend="eager")(batch())
+    torch.compile(model, backend="eager")(batch())  # with a graph break it starts
+    assert model[0].act_range == (-128, 127)
+
+
+def test_export_once_started():
+    model, x = started().eval(), batch()
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "vit_tiny_patch16_224", "test_resnet", "test_convnext"])
 def test_timm_models(name):
     size = {"img_size": 32} if name.startswith("vit") else {}

@@ -375,11 +375,11 @@ def test_export_of_a_quantized_model():
 
 
 def test_packed_nbytes_counts_bits():
+    """32 bytes a bit for every 256 codes begun, as they are packed."""
     model = small_net()
     floats = qk.packed_nbytes(model)
     assert floats == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     qk.quantize_(model)
     weights = [8 * 3 * 9, 8 * 9, 8 * 16]
-    assert qk.packed_nbytes(model) == floats - 4 * sum(weights) + sum(-(-7 * n // 8) for n in weights) + 4 * (
-        8 + 8 + 16
-    )
+    packed = sum(-(-n // 256) * 32 * 7 for n in weights)
+    assert qk.packed_nbytes(model) == floats - 4 * sum(weights) + packed + 4 * (8 + 8 + 16)

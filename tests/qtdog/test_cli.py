@@ -5,28 +5,27 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import DIGITS, make_pictures
+from tiny import DIGITS, ICON_STYLES, make_pictures
 
 from qtdog import cli, demo, environment
 from qtdog.cli import main
 from qtdog.config import DemoConfig
-from qtdog.data import load_dataset
+from qtdog.data import domain_names, load_dataset
 from qtdog.errors import UserError
 from qtdog.leave_one_out import chosen
 from qtdog.runs import read_card
 
-ICON_STYLES = Path(__file__).parents[3] / "shared" / "data" / "icon_styles.zip"
-COMMANDS = ["train", "ensemble", "flatness", "collect", "demo"]
+COMMANDS = ["train", "sweep", "ensemble", "flatness", "collect", "data verify", "demo"]
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"] if command else ["--help"])
+        main([*command.split(), "--help"] if command else ["--help"])
     out = capsys.readouterr().out
     assert stopped.value.code == 0
     if command is None:
-        assert all(name in out for name in COMMANDS)
+        assert all(name.split()[0] in out for name in COMMANDS)
     else:
         assert "examples:\n" in out and f"qtdog {command}" in out and "--config" in out
 
@@ -48,6 +47,13 @@ def test_help_teaches(command, capsys):
         (["ensemble", "nowhere"], "nowhere is not a folder"),
         (["flatness", "nowhere"], "nowhere is not a folder"),
         (["collect", "nowhere"], "nowhere is not a folder"),
+        (["data"], 'expected "data.action" to be one of {verify}'),
+        (["data", "verify", "--data-dir", "nowhere"], "nowhere is not a folder"),
+        (
+            ["train", "--dataset", "PACS"],
+            "--dataset PACS needs --data-dir ROOT with ROOT/PACS/<domain>/<class>/<image>",
+        ),
+        (["sweep", "--n-hparams", "0"], "--n-hparams"),
         (["demo", "--members", "1"], "--members"),
         (["demo", "--steps", "4"], "--steps"),
     ],
@@ -109,12 +115,17 @@ def test_flags_and_yaml_fill_the_same_settings(monkeypatch, tmp_path):
 
 
 def test_targets_by_name_index_or_all(digits_dir):
-    dataset = load_dataset("RotatedMNIST", str(digits_dir), None)
-    assert chosen(["all"], dataset) == [0, 1, 2, 3, 4, 5]
-    assert chosen(["15", "5", "0", "75"], dataset) == [1, 5, 0]  # 15 is a name, 5 an index, 75 names what 5 means
+    names = [domain.name for domain in load_dataset("RotatedMNIST", str(digits_dir), None).domains]
+    assert domain_names("RotatedMNIST", None) == ("RotatedMNIST", names)
+    assert chosen(["all"], "RotatedMNIST", names) == [0, 1, 2, 3, 4, 5]
+    assert chosen(["15", "5", "0", "75"], "RotatedMNIST", names) == [
+        1,
+        5,
+        0,
+    ]  # 15 is a name, 5 an index, 75 names what 5 means
     for wrong in ("7", "ninety", "-1"):
         with pytest.raises(UserError, match="0 0, 1 15, 2 30"):
-            chosen([wrong], dataset)
+            chosen([wrong], "RotatedMNIST", names)
 
 
 def test_device_and_workers(monkeypatch):

@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 from tiny import make_pictures, write_idx
 
-from qtdog.data import Preprocessing, folders, load_dataset, mnist
+from qtdog.config import TrainConfig
+from qtdog.data import Preprocessing, images, load_dataset, mnist
 from qtdog.data.splits import seed_hash, split
 from qtdog.errors import UserError
+from qtdog.evaluation import domain_parts
+from qtdog.presets import settle
 
 SMALL = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -149,6 +152,7 @@ def drop(path):
         (lambda root: (root / "dark" / "red" / "notes.txt").touch(), "stray file .*notes.txt"),
         (lambda root: (root / "dark" / "red" / "more").mkdir(), "stray folder .*more"),
         (lambda root: (root / "splits").mkdir(), "domain .*splits holds no images"),
+        (lambda root: (root / "dark" / "red" / "1.png").write_bytes(b""), r"1\.png is empty, an image was expected"),
         (lambda root: drop(root / "dark" / "red"), "dark lacks red"),
         (lambda root: (root / "dark" / "red").rename(root / "dark" / "rot"), "bright lacks rot; dark lacks red"),
     ],
@@ -174,4 +178,78 @@ def test_unreadable_image_is_named(tmp_path, content):
     file = tmp_path / "7.png"
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read the image .*7\.png"):
-        folders.read_image(file)
+        images.read_image(file)
+
+
+def manifest(root, rows, header="path,label,domain"):
+    file = root / "pictures.csv"
+    file.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return file
+
+
+def listed(pictures, split=None):
+    rows = []
+    for path in sorted(pictures.rglob("*.png")):
+        domain, label, _ = path.relative_to(pictures).parts
+        rows.append(f"{path},{label},{domain}" + (f",{split(path)}" if split else ""))
+    return rows
+
+
+def test_manifest_gives_the_same_as_folders(pictures, tmp_path):
+    file = manifest(tmp_path, listed(pictures))
+    listing, folder = load_dataset("csv", str(file), SMALL), load_dataset("folder", str(pictures), SMALL)
+    assert (listing.name, listing.classes, listing.splits) == ("pictures", folder.classes, None)
+    assert listing.source == f"60 images that {file} lists"
+    for one, two in zip(listing.domains, folder.domains, strict=True):
+        assert one.name == two.name and one.paths == two.paths and torch.equal(one.labels, two.labels)
+
+
+def test_manifest_with_relative_paths_a_byte_order_mark_and_other_columns(pictures, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes((pictures / "dark" / "red" / "0.png").read_bytes())
+    rows = ['7,a.png,"red, or so",dark', "8,b.png,blue,bright"]
+    dataset = load_dataset("csv", str(manifest(tmp_path, rows, "\ufeffnumber,path,label,domain")), SMALL)
+    assert dataset.classes == ["blue", "red, or so"] and [d.name for d in dataset.domains] == ["bright", "dark"]
+    assert dataset.domains[1].images([0], augment=False).shape == (1, 3, 16, 16)
+
+
+def test_manifest_decides_the_split(pictures, tmp_path):
+    file = manifest(tmp_path, listed(pictures, lambda p: "out" if p.stem in "07" else "in"), "path,label,domain,split")
+    dataset = load_dataset("csv", str(file), SMALL)
+    run = settle(TrainConfig(dataset="csv", trial_seed=3, holdout_fraction=0.5), test_env=0, seed=0)
+    parts = domain_parts(run, dataset)
+    for env in range(3):
+        paths = dataset.domains[env].paths
+        assert [paths[i].stem for i in parts[f"env{env}_out"].indices] == ["0", "7", "0", "7"]
+        assert len(parts[f"env{env}_in"].indices) == 16
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "told"),
+    [
+        ("path,label", "{red},red", r"lacks the column\(s\) domain; its first line is path,label"),
+        ("path,label,domain", "{red},,dark", "line 2: no label"),
+        ("path,label,domain", "{red}", "line 2: no label"),
+        ("path,label,domain,split", "{red},red,dark,test", "line 2: split is `test`, not `in` or `out`"),
+        ("path,label,domain", "nowhere.png,red,dark", r"line 2: .*nowhere\.png is missing"),
+        ("path,label,domain", "empty.png,red,dark", r"line 2: .*empty\.png is empty"),
+        ("path,label,domain", "{red},red,dark", r"has 1 domain\(s\), dark: at least 2"),
+        ("path,label,domain", "{red},red,dark\n{red},red,bright", "line 3: .* stands in line 2, too"),
+        ("path,label,domain", "{red},red,dark\n{blue},red,bright", r"has 1 label\(s\), red"),
+        ("path,label,domain,split", "{red},red,dark,in\n{blue},blue,bright,out", "all images of bright are `out`"),
+    ],
+)
+def test_bad_manifests_are_named(pictures, tmp_path, header, row, told):
+    (tmp_path / "empty.png").touch()
+    paths = {label: pictures / "dark" / label / "0.png" for label in ("red", "blue")}
+    with pytest.raises(UserError, match=told):
+        load_dataset("csv", str(manifest(tmp_path, [row.format(**paths)], header)), SMALL)
+
+
+def test_no_manifest_at_all(tmp_path):
+    for wrong in (None, str(tmp_path), str(tmp_path / "nowhere.csv")):
+        with pytest.raises(UserError, match=r"needs --data-dir FILE\.csv with the columns path, label, domain"):
+            load_dataset("csv", wrong, SMALL)
+    (tmp_path / "image.csv").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(UserError, match="is not a CSV file in UTF-8"):
+        load_dataset("csv", str(tmp_path / "image.csv"), SMALL)

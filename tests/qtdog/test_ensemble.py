@@ -1,26 +1,28 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
+import qkernels as qk
 from qtdog import ensemble
 from qtdog.cli import main
 from qtdog.config import EnsembleConfig
 from qtdog.data import load_dataset
 from qtdog.data.splits import split
 from qtdog.errors import UserError
+from qtdog.evaluation import combine_logits, member_accuracies
 from qtdog.runs import load_model, read_records
 
 
 def test_mean_of_logits_is_not_mean_of_probabilities():
     # one member is very sure of class 0, two lean to class 1
     logits = torch.tensor([[[9.0, 0.0]], [[0.0, 2.0]], [[0.0, 2.0]]])
-    eoq = ensemble.combine_logits(logits, "logits")
+    eoq = combine_logits(logits, "logits")
     torch.testing.assert_close(eoq, torch.tensor([[9 / 3, 4 / 3]]).softmax(-1))
     assert eoq.argmax() == 0
-    probs = ensemble.combine_logits(logits, "probs")
+    probs = combine_logits(logits, "probs")
     torch.testing.assert_close(probs, torch.stack([row.softmax(-1) for row in logits]).sum(0) / 3)
     assert probs.argmax() == 1
 
@@ -57,7 +59,12 @@ def test_ensemble_of_trained_members(runs, digits_dir, capsys, combine):
     cards = [json.loads((member / "model.json").read_text()) for member in members]
     for member, card in zip(manifest["members"], cards, strict=True):
         assert member["accuracies"]["env0_in_acc"] == card["accuracies"]["env0_in_acc"]
-    assert record["nbytes"] == sum(card["nbytes"] for card in cards)
+    packed = qk.PackedEnsemble.load(folder / "packed")
+    assert record["nbytes"] == packed.nbytes == sum(card["nbytes"] for card in cards)
+    expected = torch.stack([model(images) for model in models])
+    torch.testing.assert_close(
+        packed.member_logits(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
 
 
 def test_output_dir(runs, tmp_path):
@@ -121,12 +128,17 @@ def test_images_are_read_once_for_all_members():
     reads = []
 
     class Images:
+        part = SimpleNamespace(indices=range(4))
+
         def __iter__(self):
             reads.append(None)
             yield torch.ones(3, 1, 1, 2), torch.tensor([0, 1, 0])
             yield torch.zeros(1, 1, 1, 2), torch.tensor([1])
 
-    models = [nn.Sequential(nn.Flatten(), nn.Linear(2, 2)) for _ in range(3)]
-    logits, labels = ensemble.member_logits(models, Images(), torch.device("cpu"))
-    assert logits.shape == (3, 4, 2) and labels.tolist() == [0, 1, 0, 1] and len(reads) == 1
-    torch.testing.assert_close(logits[1, :3], models[1](torch.ones(3, 1, 1, 2)).detach())
+    def member_logits(images):
+        assert images.dim() == 4
+        always = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        return always[:, None].expand(3, len(images), 2)
+
+    together, alone = member_accuracies(member_logits, Images(), "logits", torch.device("cpu"))
+    assert (together, alone) == (0.5, [0.5, 0.5, 0.5]) and len(reads) == 1

@@ -73,5 +73,32 @@ def test_unreadable_image_reaches_the_user_in_one_line(tmp_path, workers):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("augment", [True, False])
+def test_shares_of_processes_are_the_minibatch_of_one(parts, augment):
+    whole, first, second = (
+        next(training_batches(parts, 6, seed=0, start=3, stop=4, workers=0, augment=augment, share=share))
+        for share in ((0, 1), (0, 2), (1, 2))
+    )
+    for (images, labels), one, two in zip(whole, first, second, strict=True):
+        assert torch.equal(images[::2], one[0]) and torch.equal(images[1::2], two[0])
+        assert torch.equal(labels[::2], one[1]) and torch.equal(labels[1::2], two[1])
+
+
+def test_training_without_augmentation(parts):
+    (batch,) = training_batches(parts[:1], 8, seed=0, start=0, stop=1, workers=0, augment=False)
+    plain = parts[0].domain.images(parts[0].indices, augment=False)
+    assert all((plain == image).flatten(1).all(1).any() for image in batch[0][0])
+
+
+def test_augmented_evaluation_is_the_same_at_every_pass(parts):
+    plain = torch.cat([x for x, _ in EvaluationImages(parts[0])])
+    for workers in (0, 1):
+        torch.manual_seed(workers)
+        before = torch.get_rng_state()
+        first = torch.cat([x for x, _ in EvaluationImages(parts[0], workers, augment=True)])
+        assert torch.equal(before, torch.get_rng_state()) and not torch.equal(first, plain)
+        assert torch.equal(first, torch.cat([x for x, _ in EvaluationImages(parts[0], augment=True)]))
+
+
 def test_cache_limit():
     assert fits_in_memory(1000, (3, 224, 224)) and not fits_in_memory(10_000, (3, 224, 224))

@@ -45,6 +45,25 @@ def test_head_and_dropout():
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 5) and model.drop_rate == 0.3
 
 
+def test_transformer_takes_another_image_size():
+    model = build_model("test_vit", 5, 3, image_size=48)
+    assert model(torch.rand(2, 3, 48, 48)).shape == (2, 5) and model.patch_embed.grid_size == (3, 3)
+    assert build_model("deit_small_patch16_224", 2, 3, image_size=32).pos_embed.shape == (1, 5, 384)
+    assert build_model(TINY, 5, 3, image_size=48)(torch.rand(2, 3, 48, 48)).shape == (2, 5)  # takes any size
+
+
+def test_local_weights_of_a_transformer_fit_another_image_size(tmp_path):
+    file = str(tmp_path / "w.safetensors")
+    original = timm.create_model("test_vit", num_classes=4)
+    safetensors.torch.save_file(original.state_dict(), file)
+    model = build_model("test_vit", 4, 3, weights=file, image_size=48)
+    grid = original.pos_embed[:, -100:].unflatten(1, (10, 10)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, (3, 3), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.pos_embed[:, -9:], expected)
+    same = build_model("test_vit", 4, 3, weights=file)
+    assert torch.equal(same.pos_embed, original.pos_embed)
+
+
 def test_new_head_starts_small():
     head = build_model("tf_efficientnet_lite0", 10, 3).classifier
     assert 0.9 / 1280**0.5 < head.weight.abs().max() <= 1 / 1280**0.5  # timm's own: up to 1 / 10**.5

@@ -21,9 +21,9 @@ from qtdog.config import Quantization, RunConfig, TrainConfig
 from qtdog.errors import UserError
 from qtdog.evaluation import mean_out_accuracy
 from qtdog.models import MNIST_CNN
-from qtdog.presets import changed_from_preset, settle
+from qtdog.presets import changed_from_preset, seeds_of, settle
 from qtdog.runs import read_card, read_records
-from qtdog.steps import plain
+from qtdog.steps import Plain
 
 QUANTIZATION = Quantization(switch_step=2, scale_lr=1e-3, weight_bits=7, granularity="channel")
 TIMING = {"step_time", "eval_time"}
@@ -33,7 +33,7 @@ def steps(model, optimizer, count):
     torch.manual_seed(0)
     for _ in range(count):
         batch = [(torch.rand(4, 1, 28, 28), torch.randint(10, (4,)))]
-        plain(lambda batch=batch: ALGORITHMS["erm"](model, batch), optimizer)
+        Plain()(lambda batch=batch: ALGORITHMS["erm"](model, batch), model, optimizer)
 
 
 def membership(model, optimizer):
@@ -301,4 +301,4 @@ def test_settings_come_from_presets_unless_given():
 def test_settings_that_make_no_sense(given, told):
     config = TrainConfig(**given)
     with pytest.raises(UserError, match=told):
-        settle(config, test_env=0, seed=config.seeds[0])
+        settle(config, test_env=0, seed=seeds_of(config)[0])

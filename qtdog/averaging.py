@@ -1,0 +1,221 @@
+"""Averages of the weights along a run. They run over latent weights and scales; the averaged model quantizes them.
+
+A rule is a dataclass of its numbers: each is a flag of `qtdog train` of the same name, and a preset's number.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Weights = dict[str, Tensor]  # by parameter name
+
+
+class Mean:
+    """The running mean of weights that are added one after the other."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.weights: Weights = {}
+
+    @torch.no_grad()
+    def add(self, weights: Weights) -> None:
+        self.count += 1
+        if self.count == 1:
+            self.weights = {name: w.detach().clone() for name, w in weights.items()}
+        else:
+            news = [weights[name].detach() for name in self.weights]
+            torch._foreach_lerp_(list(self.weights.values()), news, 1 / self.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.count, self.weights = state["count"], {name: w.to(device) for name, w in state["weights"].items()}
+
+
+@dataclass
+class AveragingRule:
+    """What becomes of the weights that training passes through. This one: nothing, each checkpoint is as trained.
+
+    A subclass has `average_start`, the first step whose weights count; those of a run that quantizes count from the
+    switch on, so the scales exist and no average mixes float and quantized training.
+    """
+
+    needs_loss = False  # whether `end_segment` wants the validation loss at each checkpoint
+    finished = False  # whether the run may end here
+    final_only = False  # whether only the average at the end of the run may be selected
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """After each update."""
+
+    def end_segment(self, step: int, loss: float) -> None:
+        """At each checkpoint, with the mean loss of the model as trained on the sources' validation images."""
+
+    def averaged_weights(self, final: bool) -> Weights | None:
+        """The weights to evaluate at a checkpoint, the run's `final` one or not; None: the model as trained."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Inverse of `state_dict`."""
+
+
+@dataclass
+class SMA(AveragingRule):
+    """Simple moving average: the mean of all weights from `average_start` on, which is also what is validated.
+
+    Source: Arpit et al. 2022, "Ensemble of averages".
+    """
+
+    average_start: int
+    mean: Mean = field(default_factory=Mean, init=False, repr=False)
+
+    def update(self, model: nn.Module, step: int) -> None:
+        if step >= self.average_start:
+            self.mean.add(dict(model.named_parameters()))
+
+    def averaged_weights(self, final: bool) -> Weights | None:
+        return self.mean.weights or None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.mean.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.mean.load_state_dict(state, device)
+
+
+@dataclass
+class SWAD(AveragingRule):
+    """Stochastic weight averaging densely: the mean of the weights while the validation loss is in its valley.
+
+    The weights between two checkpoints are averaged to a segment, which has the later one's validation loss. The
+    valley begins with the oldest of the last `swad_converge` segments as soon as it has the least loss of them, and its
+    threshold is their mean loss times 1 + `swad_ratio`. From then on the oldest segment that waits is averaged as often
+    as `swad_tolerance` of them wait, each once, unless the least loss of those exceeds the threshold: then the valley,
+    and the run, ends. At the end of the run those that still wait are averaged under the same condition. A run that
+    found no valley has its last segment.
+
+    Nothing before `average_start` counts, so the switch to quantized weights restarts it, and it cannot end a run
+    before that.
+
+    Source: Cha et al. 2021, algorithm 1 with the numbers of its LossValley.
+    """
+
+    average_start: int
+    swad_converge: int
+    swad_tolerance: int
+    swad_ratio: float
+    segment: Mean = field(default_factory=Mean, init=False, repr=False)
+    average: Mean = field(default_factory=Mean, init=False, repr=False)
+    waiting: list[tuple[float, Weights]] = field(default_factory=list, init=False, repr=False)
+    threshold: float | None = field(default=None, init=False)  # None: the valley has not begun
+    finished: bool = field(default=False, init=False)
+
+    needs_loss = True
+    final_only = True
+
+    def update(self, model: nn.Module, step: int) -> None:
+        if step >= self.average_start:
+            self.segment.add(dict(model.named_parameters()))
+
+    def end_segment(self, step: int, loss: float) -> None:
+        if step < self.average_start:
+            return
+        self.waiting.append((loss, self.segment.weights))
+        self.segment = Mean()
+        if self.threshold is None:
+            self.waiting = self.waiting[-self.swad_converge :]
+            losses = [loss for loss, _ in self.waiting]
+            if len(losses) < self.swad_converge or losses[0] > min(losses):
+                return
+            self.threshold = sum(losses) / len(losses) * (1 + self.swad_ratio)
+        while len(self.waiting) >= self.swad_tolerance and not self.finished:
+            if min(loss for loss, _ in self.waiting[: self.swad_tolerance]) > self.threshold:
+                self.finished = True
+            else:
+                self.average.add(self.waiting.pop(0)[1])
+
+    def averaged_weights(self, final: bool) -> Weights | None:
+        if not final:
+            return None
+        if self.threshold is None:
+            return self.waiting[-1][1] if self.waiting else None
+        average = Mean()
+        average.count, average.weights = self.average.count, {n: w.clone() for n, w in self.average.weights.items()}
+        for i, (_, weights) in enumerate(self.waiting):
+            if self.finished or min(loss for loss, _ in self.waiting[i:]) > self.threshold:
+                break
+            average.add(weights)
+        return average.weights
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "segment": self.segment.state_dict(),
+            "average": self.average.state_dict(),
+            "waiting": [list(pair) for pair in self.waiting],
+            "threshold": self.threshold,
+            "finished": self.finished,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.segment.load_state_dict(state["segment"], device)
+        self.average.load_state_dict(state["average"], device)
+        self.waiting = [(loss, {n: w.to(device) for n, w in weights.items()}) for loss, weights in state["waiting"]]
+        self.threshold, self.finished = state["threshold"], state["finished"]
+
+
+AVERAGING: dict[str, type[AveragingRule]] = {"none": AveragingRule, "sma": SMA, "swad": SWAD}
+
+
+@contextmanager
+def holding(model: nn.Module, weights: Weights | None, batches: Iterable[Tensor] | None = None) -> Iterator[None]:
+    """Within, `model` has these weights; afterwards it is as before, bit for bit, buffers included.
+
+    Args:
+        weights: by parameter name; None leaves all as it is.
+        batches: images [N, C, H, W] on which to estimate the statistics of BatchNorm anew; None keeps them.
+    """
+    if weights is None:
+        yield
+        return
+    with torch.no_grad():
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+        if batches is not None:
+            estimate_statistics(model, batches)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(before[name])
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set BatchNorm's running statistics to their mean over `batches`; the model's train and eval modes stay."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over all batches
+        norm.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training

@@ -1,0 +1,110 @@
+"""`qtdog data verify`: is the data what it should be, and can every image be read?"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from qtdog.config import VerifyConfig
+from qtdog.data import DIGITS, image_files
+from qtdog.data.benchmarks import BENCHMARKS
+from qtdog.data.folders import ImageFiles, count
+from qtdog.data.images import read_image
+from qtdog.environment import pick_workers
+from qtdog.errors import UserError
+from qtdog.runs import Log
+
+MNIST_IMAGES = 70_000
+AT_ONCE = 1024  # images handed to the readers, so that a million of them need no million futures
+
+
+def verify(config: VerifyConfig) -> None:
+    """Print the counts by domain and class beside those expected, then decode every image.
+
+    Raises:
+        UserError: if anything is wrong. What it is was printed before; what the folders lack or have too much of stands
+            in the error itself.
+    """
+    log = Log()
+    if config.dataset in DIGITS:
+        mistakes = verify_digits(config, log)
+    else:
+        found = image_files(config.dataset, config.data_dir, lambda line: None)
+        log(found.source)
+        mistakes = wrong_counts(config.dataset, found, log)
+        mistakes += broken_images(found, pick_workers(config.num_workers, reads_files=True), log)
+    if mistakes:
+        raise UserError(f"{config.dataset} has {mistakes} mistake(s), named above")
+    log("no mistakes")
+
+
+def verify_digits(config: VerifyConfig, log: Log) -> int:
+    """Counts of an MNIST set, which is held in memory and so has been read already; returns the number of mistakes."""
+    dataset = DIGITS[config.dataset](config.data_dir)
+    log(dataset.source)
+    for env, domain in enumerate(dataset.domains):
+        counts = domain.labels.bincount(minlength=len(dataset.classes)).tolist()
+        log(f"  domain {env} {domain.name}: {sum(counts):,} images: {by_class(dataset.classes, counts)}")
+    total = sum(len(domain.labels) for domain in dataset.domains)
+    if total == MNIST_IMAGES:
+        return 0
+    log(f"  WRONG: {total:,} images, expected {MNIST_IMAGES:,}")
+    return 1
+
+
+def wrong_counts(name: str, found: ImageFiles, log: Log) -> int:
+    """Print all counts; returns how many differ from what is known of the data set."""
+    benchmark = BENCHMARKS.get(name)
+    mistakes = 0
+    for env, (domain, files) in enumerate(found.files.items()):
+        counts = [len(files[label]) for label in found.classes]
+        log(f"  domain {env} {domain}: {sum(counts):,} images: {by_class(found.classes, counts)}")
+        if benchmark is None:
+            continue
+        expected = {domain: (sum(counts), benchmark.images[domain])}
+        known = benchmark.class_images.get(domain, counts)
+        expected |= {f"{domain}/{c}": (n, k) for c, n, k in zip(found.classes, counts, known, strict=True)}
+        for what, (number, wanted) in expected.items():
+            if number != wanted:
+                log(f"  WRONG: {what} has {number:,} images, expected {wanted:,}")
+                mistakes += 1
+    return mistakes
+
+
+def by_class(classes: list[str], counts: list[int]) -> str:
+    """One number a class, or the range of them where there are many."""
+    if len(classes) > 20:
+        return f"{len(classes)} classes of {min(counts):,} to {max(counts):,}"
+    return ", ".join(f"{label} {number:,}" for label, number in zip(classes, counts, strict=True))
+
+
+def broken_images(found: ImageFiles, readers: int, log: Log) -> int:
+    """Decode every image and name those that cannot be; returns their number."""
+    paths = [path for files in found.files.values() for images in files.values() for path in images]
+    mistakes = 0
+    # Threads will do: Pillow lets go of Python's lock while it decodes.
+    with ThreadPoolExecutor(max(1, readers)) as pool, tqdm(total=len(paths), desc="decoding", disable=None) as bar:
+        for some in chunks(paths, AT_ONCE):
+            for problem in pool.map(problem_with, some):
+                if problem:
+                    log(f"  WRONG: {problem}")
+                    mistakes += 1
+                bar.update()
+    log(f"  {sum(map(count, found.files.values())) - mistakes:,} of {len(paths):,} images can be decoded")
+    return mistakes
+
+
+def problem_with(path: Path) -> str:
+    """Why an image cannot be decoded, or nothing."""
+    try:
+        read_image(path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def chunks(paths: list[Path], size: int) -> Iterator[list[Path]]:
+    """Consecutive slices of a list."""
+    for start in range(0, len(paths), size):
+        yield paths[start : start + size]
