@@ -9,7 +9,8 @@ import torch
 
 import oracle
 import qkernels as qk
-from qkernels.ops import SCHEMAS
+from qkernels import packed_ops
+from qkernels.backends import SCHEMAS
 
 ops = torch.ops.qkernels
 X = torch.linspace(-1, 1, 120)
@@ -34,6 +35,37 @@ def opcheck_cases():
         cases["fake_quantize_multi"].append((xs, scales, [-8, -4], [7, 3], 0, [1.0, 0.5], out_dtype))
         cases["fake_quantize_multi_backward"].append((grads, xs, scales, [-8, -4], [7, 3], 0, [1.0, 0.5], True))
     cases["mean_abs"] = [(x, 1), (x, None), (layouts[1], 0)]
+    return cases | packed_cases(layouts)
+
+
+def packed_cases(layouts):
+    """Arguments of the ops of packed inference; the images are those of `layouts`, [2, 3, height, width]."""
+    cases: dict[str, list[tuple]] = {name: [] for name in packed_ops.SCHEMAS}
+    codes = torch.arange(-64, 56, dtype=torch.int8).reshape(2, 3, 4, 5)
+    cases["pack"] = [(codes, 7), (codes.view(torch.uint8)[..., ::2], 3), (codes[:0], 4)]
+    packed = packed_ops.pack(codes, 7).repeat(2, 1)
+    cases["unpack"] = [(packed, 7, 120, True), (packed[0], 7, 120, False), (packed[:, :0], 5, 0, True)]
+    scale, one = torch.tensor([0.05, 0.1, 0.2]), torch.tensor(0.1)
+    cases["quantize"] = [(t, s, *r) for t in layouts for s, r in ((scale, (-8, 7, 1)), (one, (0, 15, None)))]
+    members, bias = torch.rand(2, 4) + 0.1, torch.randn(2, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        cases["dequantize_packed"].append((packed, members, 7, 120, dtype))
+    for kernel, shared in itertools.product((1, 3), (True, False)):
+        geometry = packed_ops.Geometry((kernel, kernel), padding=(kernel // 2,) * 4).arguments
+        nbytes = packed_ops.packed_nbytes(4 * 3 * kernel * kernel, 7)
+        weight = torch.randint(0, 256, (2, nbytes), dtype=torch.uint8)
+        for t in layouts:
+            residual = torch.randn(4 if shared else 2, 4, *t.shape[2:]).to(t.dtype)
+            for b, r, activation in ((bias, residual, "relu"), (None, None, "none")):
+                cases["packed_conv2d"].append((t, weight, members, b, r, 7, *geometry, shared, activation))
+            x, scales, end = (t * 50).to(torch.int8), torch.rand(2) + 0.1, (7, *geometry, shared)
+            cases["packed_conv2d_int8"] += [
+                (x, scales, weight, members, None, None, None, None, *end, "none", 0, 255, torch.float32),
+                (x, scales, weight, members, bias, residual, None, scales, *end, "relu", 0, 255, torch.uint8),
+                (x, scales, weight, members, bias, residual.char(), scales, scales, *end, "none", -8, 7, torch.int8),
+            ]
+            if kernel == 1:
+                cases["packed_gemv"].append((t[:, :, 0, 0], weight, members, bias, 7, shared, "silu"))
     return cases
 
 

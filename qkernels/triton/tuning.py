@@ -1,0 +1,170 @@
+"""How the convolutions are cut into tiles, for each shape and device.
+
+Shapes are bucketed by powers of two. On a GPU of `_MEASURED` a bucket that is not in its table follows `by_rule`; on
+any other GPU the first use of a bucket times a few candidates and remembers the fastest, in memory and in a file of the
+user's cache folder. `python -m qkernels.triton.tune` prints entries for the table.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton import next_power_of_2
+
+from .launch import capability_of
+
+
+class Tile(NamedTuple):
+    """A program computes [channels, pixels] of an output, `depth` terms of the sums at a time, a `splits`th of them."""
+
+    channels: int
+    pixels: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a choice depends on: the type of the product, and the sizes of the problem, rounded up to powers of two.
+
+    depth_per_tap: the largest power of two that divides it, up to 64: no larger tile of depth stays within a tap.
+    batch: members times groups.
+    """
+
+    dot: str
+    channels: int
+    pixels: int
+    depth: int
+    depth_per_tap: int
+    batch: int
+
+    @classmethod
+    def of(cls, dot: str, channels: int, pixels: int, depth: int, depth_per_tap: int, batch: int) -> "Bucket":
+        return cls(
+            dot,
+            next_power_of_2(channels),
+            next_power_of_2(pixels),
+            next_power_of_2(depth),
+            math.gcd(64, depth_per_tap),
+            next_power_of_2(batch),
+        )
+
+    @property
+    def key(self) -> str:
+        return "-".join(map(str, astuple(self)))
+
+
+# Capability -> bucket's key -> tile. NOT YET MEASURED ON A GPU: the rule alone serves both.
+_MEASURED: dict[tuple[int, int] | None, dict[str, Tile]] = {(8, 0): {}, (9, 0): {}}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def by_rule(bucket: Bucket, device: torch.device) -> Tile:
+    """A choice by reasoning, NOT YET MEASURED ON A GPU.
+
+    Wide tiles use what they load often, as far as registers go: float32 keeps two parts of x, and odd channels many
+    addresses. Where wide tiles leave multiprocessors idle, narrower ones, then splits of the sum.
+    """
+    narrow = bucket.dot == "fp32" or bucket.depth_per_tap < 4
+    channels = 128 if bucket.channels >= 128 and not narrow else 64  # 64 rows are the least that wgmma takes
+    pixels = min(max(bucket.pixels, 16), 64 if narrow else 128)
+    depth = 32 if bucket.depth_per_tap < 64 or bucket.dot == "fp32" else 64
+
+    def programs() -> int:
+        return bucket.batch * triton.cdiv(bucket.channels, channels) * triton.cdiv(bucket.pixels, pixels)
+
+    available = _multiprocessors(device)
+    if programs() < available:
+        channels = 64
+    while programs() < available and pixels > 32:
+        pixels //= 2
+    splits = 1
+    if programs() < 2 * available:
+        splits = max(1, min(4 * available // programs(), bucket.depth // (8 * depth), 16))
+    return Tile(channels, pixels, depth, 8 if channels * pixels == 128 * 128 else 4, 3, splits)
+
+
+def candidates(bucket: Bucket, device: torch.device) -> list[Tile]:
+    """A short list around the rule's choice, which comes first."""
+    rule = by_rule(bucket, device)
+    tiles = [rule]
+    for channels, pixels, num_warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (64, 32, 4)):
+        if pixels <= max(32, bucket.pixels) and channels <= max(64, bucket.channels):
+            tile = rule._replace(channels=channels, pixels=pixels, num_warps=num_warps)
+            tiles += [tile, tile._replace(num_stages=4), tile._replace(num_stages=2, splits=1)]
+    if 2 * rule.splits * rule.depth <= bucket.depth:
+        tiles.append(rule._replace(splits=2 * rule.splits))
+    if rule.depth < bucket.depth_per_tap:
+        tiles.append(rule._replace(depth=bucket.depth_per_tap))
+    return list(dict.fromkeys(tiles))
+
+
+def fastest(bucket: Bucket, device: torch.device, run: Callable[[Tile], object]) -> Tile:
+    """The candidate under which `run` takes the least time; one that does not fit the GPU is skipped."""
+    times: dict[Tile, float] = {}
+    for tile in candidates(bucket, device):
+        try:
+            times[tile] = triton.testing.do_bench(lambda tile=tile: run(tile), warmup=5, rep=20)
+        except triton.OutOfResources:
+            continue
+    return min(times, key=times.__getitem__) if times else by_rule(bucket, device)
+
+
+def _cache_file(device: torch.device) -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
+    return Path(folder) / "qkernels" / f"{name}.json"
+
+
+def read_tiles(file: Path) -> dict[str, Tile]:
+    """What `write_tiles` wrote; nothing if the file is missing or corrupt."""
+    try:
+        entries = json.loads(file.read_text())
+        tiles = {str(key): Tile(**entry) for key, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return {key: tile for key, tile in tiles.items() if all(type(n) is int and n > 0 for n in tile)}
+
+
+def write_tiles(file: Path, tiles: dict[str, Tile]) -> None:
+    """Replace the file as a whole, so that no reader sees half of it. A folder that cannot be written is no error."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as temporary:
+            json.dump({key: tile._asdict() for key, tile in tiles.items()}, temporary, indent=1)
+        os.replace(temporary.name, file)
+    except OSError:
+        pass
+
+
+_tuned: dict[torch.device, dict[str, Tile]] = {}
+
+
+def tile_of(bucket: Bucket, device: torch.device, run: Callable[[Tile], object]) -> Tile:
+    """The tile for a bucket; `run` launches the problem at hand with a given one, to be timed."""
+    capability = capability_of(device)
+    if capability is None or capability in _MEASURED:
+        return _MEASURED.get(capability, {}).get(bucket.key) or by_rule(bucket, device)
+    if device not in _tuned:
+        _tuned[device] = read_tiles(_cache_file(device))
+    tiles = _tuned[device]
+    if bucket.key not in tiles:
+        if torch.cuda.is_current_stream_capturing():
+            return by_rule(bucket, device)
+        tiles[bucket.key] = fastest(bucket, device, run)
+        write_tiles(_cache_file(device), read_tiles(_cache_file(device)) | tiles)
+    return tiles[bucket.key]

@@ -1,0 +1,559 @@
+"""The packed ops on every backend against a numpy oracle: codes, bits and integer convolutions bit for bit, float
+convolutions within the bound of a float32 sum.
+
+A backend that does not implement an op is served by the reference, as users are.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import packed_oracle as oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from packed_oracle import FLOAT32_UNIT, Window
+from test_backends import DTYPES, Backend, why_not
+
+from qkernels.packed_ops import Geometry, packed_nbytes
+
+backend = Backend("reference")
+
+
+@pytest.fixture(params=["reference", "cpp", "cpp-portable", "cuda", "triton"], autouse=True)
+def each_backend(request, monkeypatch):
+    global backend
+    if (why := why_not(request.param.split("-")[0])) is not None:
+        pytest.skip(why)
+    if request.param == "cpp-portable":
+        monkeypatch.setenv("QKERNELS_CPU_ISA", "portable")
+    backend = Backend(request.param.removesuffix("-portable"))
+
+
+few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, where the interpreter computes with NaN
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+]
+LAYOUTS = ("contiguous", "channels_last", "strided", "unaligned")
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
+INTEGERS = (torch.int8, torch.uint8)
+RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+BITS = st.integers(2, 8)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def laid_out(values: np.ndarray | torch.Tensor, layout: str = "contiguous") -> torch.Tensor:
+    """The values on the backend's device, in another memory layout."""
+    t = torch.as_tensor(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values).to(backend.device)
+    if layout == "channels_last" and t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        padded = t.new_zeros([2 * n + 1 for n in t.shape])
+        return padded[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
+    if layout == "unaligned":
+        return t.new_zeros(t.numel() + 1)[1:].view(t.shape).copy_(t)
+    return t
+
+
+def array(t: torch.Tensor) -> np.ndarray:
+    return t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy()
+
+
+def assert_equal(actual: torch.Tensor, expected: np.ndarray, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype and tuple(actual.shape) == expected.shape
+    np.testing.assert_array_equal(array(actual), expected)
+
+
+def assert_channels_last(t: torch.Tensor) -> None:
+    assert t.is_contiguous(memory_format=torch.channels_last)
+
+
+def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """float32 values as a store to `dtype` makes them; Triton's interpreter truncates to bfloat16."""
+    t = torch.from_numpy(np.array(values, np.float32))
+    if backend.truncates_bfloat16 and dtype == torch.bfloat16:
+        t = (t.view(torch.int32) & -65536).view(torch.float32)
+    return array(t.to(dtype))
+
+
+# pack, unpack, quantize, dequantize_packed
+
+
+@few
+@given(SEEDS, BITS, st.lists(st.integers(0, 40), max_size=3), st.sampled_from(INTEGERS), st.sampled_from(LAYOUTS))
+@example(0, 7, [255], torch.int8, "contiguous")
+@example(0, 7, [256], torch.int8, "unaligned")
+@example(0, 3, [3, 300], torch.uint8, "strided")
+@example(0, 5, [70_001], torch.int8, "contiguous")
+def test_pack(seed, bits, shape, dtype, layout):
+    codes = np.random.default_rng(seed).integers(*RANGES[dtype], shape, endpoint=True)
+    x = laid_out(codes.astype(np.int8 if dtype == torch.int8 else np.uint8), layout)
+    packed = backend.pack(x, bits)
+    assert packed.shape == (packed_nbytes(codes.size, bits),)
+    assert_equal(packed, oracle.pack(codes, bits), torch.uint8)
+
+
+@few
+@given(
+    SEEDS, BITS, st.lists(st.integers(1, 3), max_size=2), st.integers(0, 1500), st.booleans(), st.sampled_from(LAYOUTS)
+)
+@example(0, 7, [], 70_001, True, "contiguous")
+@example(0, 8, [2], 256, True, "unaligned")
+def test_unpack(seed, bits, leading, count, signed, layout):
+    """Any bytes are codes: also those that `pack` would not have written behind the last code."""
+    nbytes = packed_nbytes(count, bits)
+    packed = np.random.default_rng(seed).integers(0, 256, [*leading, nbytes]).astype(np.uint8)
+    codes = backend.unpack(laid_out(packed, layout), bits, count, signed)
+    flat = packed.reshape(-1, nbytes) if nbytes else np.zeros((math.prod(leading), 0), np.uint8)
+    expected = np.array([oracle.unpack(p, bits, count, signed) for p in flat], np.int64).reshape(*leading, count)
+    assert_equal(codes, expected, torch.int8 if signed else torch.uint8)
+
+
+@few
+@given(st.data(), SEEDS, st.lists(st.integers(0, 9) | st.integers(1, 40), max_size=4), st.sampled_from(DTYPES))
+def test_quantize(data, seed, shape, dtype):
+    axis = data.draw(st.none() | st.integers(0, len(shape) - 1)) if shape else None
+    qmin, qmax = data.draw(st.sampled_from([(-64, 63), (-128, 127), (0, 255), (-2, 1), (3, 9), (-9, -4)]))
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    rng = np.random.default_rng(seed)
+    per_scale = () if axis is None else (shape[axis],)
+    scale = np.exp(rng.uniform(-6, 2, per_scale)).astype(np.float32)
+    if data.draw(st.booleans()):
+        scale = np.where(rng.random(per_scale) < 0.3, rng.choice([0, -1, np.nan, np.inf]), scale).astype(np.float32)
+    elif data.draw(st.booleans()):
+        scale = np.full(per_scale, 0.25, np.float32)  # so that multiples of 1/8 are ties
+    values = np.where(rng.random(shape) < 0.5, rng.normal(size=shape) * 30, rng.integers(-600, 600, shape) / 8)
+    values = np.where(rng.random(shape) < 0.05, rng.choice([np.nan, np.inf, -np.inf, 3e38, -0.0], shape), values)
+    x = laid_out(torch.from_numpy(np.asarray(values, np.float32)).to(dtype), layout)
+    codes = backend.quantize(x, laid_out(np.asarray(scale)), qmin, qmax, axis)
+    assert codes.stride() == torch.empty_like(x).stride() or not x.numel()
+    expected = oracle.quantize(array(x), scale, qmin, qmax, axis)
+    assert_equal(codes, expected, torch.int8 if qmin < 0 else torch.uint8)
+
+
+@few
+@given(SEEDS, BITS, st.integers(1, 4), st.integers(1, 40), st.integers(0, 60), st.sampled_from(DTYPES), st.booleans())
+@example(0, 7, 2, 300, 300, torch.float32, True)
+def test_dequantize_packed(seed, bits, members, channels, depth, dtype, strided):
+    count = channels * depth
+    rng = np.random.default_rng(seed)
+    packed = rng.integers(0, 256, (members, packed_nbytes(count, bits))).astype(np.uint8)
+    scale = rng.normal(size=(members, channels)).astype(np.float32)
+    layout = "strided" if strided else "contiguous"
+    result = backend.dequantize_packed(laid_out(packed, layout), laid_out(scale, layout), bits, count, dtype)
+    codes = np.array([oracle.unpack(p, bits, count, True) for p in packed], np.float32)
+    expected = codes.reshape(members, channels, depth) * scale[..., None]
+    assert_equal(result, rounded(expected, dtype), dtype)
+
+
+# Convolutions
+
+
+class Layer(NamedTuple):
+    """What both convolutions take, x apart; codes in numpy, the rest on the backend's device."""
+
+    images: int
+    in_shape: tuple[int, int, int]
+    codes: np.ndarray
+    packed: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    bits: int
+    geometry: Geometry
+    shared: bool
+    activation: str
+
+    @property
+    def members(self) -> int:
+        return len(self.codes)
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        return (self.images * (1 if self.shared else self.members), *self.in_shape)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        size = self.geometry.output_size(*self.in_shape[1:])
+        return (self.images * self.members, self.codes.shape[1], *size)
+
+    def sums(self, x: np.ndarray) -> np.ndarray:
+        g = self.geometry
+        window = Window(g.stride, g.padding, g.dilation, g.groups)
+        return oracle.members_convolution(x, self.codes.astype(x.dtype), window, self.shared)
+
+    def absolute(self) -> "Layer":
+        return self._replace(codes=np.abs(self.codes))
+
+
+def make_layer(
+    rng, bits, members, images, in_shape, out_channels, geometry, shared, activation="none", bias=True, layout=None
+) -> Layer:
+    weight_shape = geometry.weight_shape(out_channels, in_shape[0])
+    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (members, *weight_shape))
+    packed = np.stack([oracle.pack(c, bits) for c in codes])
+    scale = (np.exp(rng.uniform(-4, 0, (members, out_channels))) / 2**bits).astype(np.float32)
+    bias = rng.normal(size=(members, out_channels)).astype(np.float32) if bias else None
+    return Layer(
+        images,
+        in_shape,
+        codes,
+        laid_out(packed, layout or "contiguous"),
+        laid_out(scale, layout or "contiguous"),
+        None if bias is None else laid_out(bias, layout or "contiguous"),
+        bits,
+        geometry,
+        shared,
+        activation,
+    )
+
+
+@st.composite
+def layers(draw):
+    kernel = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (3, 3), (1, 3), (7, 7), (2, 5)]))
+    small = st.integers(1, 2)
+    stride, dilation = draw(st.tuples(small, small)), draw(st.tuples(small, small))
+    padding = draw(st.sampled_from([(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 1), (3, 2, 0, 1), (2, 2, 2, 2)]))
+    size = [
+        draw(st.integers(max(1, d * (k - 1) + 1 - pads), max(1, d * (k - 1) + 1 - pads) + 8))
+        for k, d, pads in zip(kernel, dilation, (padding[0] + padding[2], padding[1] + padding[3]), strict=True)
+    ]
+    groups, depth, per_group = draw(
+        st.one_of(
+            st.tuples(st.just(1), st.integers(1, 21), st.integers(1, 21)),
+            st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 9)),
+            st.tuples(st.integers(2, 37), st.just(1), st.integers(1, 3)),  # depthwise, with a channel multiplier
+            st.tuples(st.integers(2, 5), st.integers(2, 4), st.integers(1, 3)),
+        )
+    )
+    return make_layer(
+        np.random.default_rng(draw(SEEDS)),
+        draw(BITS),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([0, 1, 1, 2, 3])),
+        (groups * depth, *size),
+        groups * per_group,
+        Geometry(kernel, stride, padding, dilation, groups),
+        draw(st.booleans()),
+        draw(st.sampled_from(ACTIVATIONS)),
+        draw(st.booleans()),
+        draw(st.sampled_from(["contiguous", "strided"])),
+    )
+
+
+def unit(dtype: torch.dtype) -> float:
+    """The largest relative error of a store to `dtype`."""
+    truncated = backend.truncates_bfloat16 and dtype == torch.bfloat16
+    return torch.finfo(dtype).eps * (1.0 if truncated else 0.5)
+
+
+def assert_within_float32(actual, dtype, exact, magnitude, terms, activation):
+    """|actual - exact| is at most what rounding every product, sum and store can add up to.
+
+    magnitude: the sum of |terms| behind each element. SiLU stretches differences by at most 1.1 and has its own few
+    roundings.
+    """
+    assert actual.dtype == dtype and tuple(actual.shape) == exact.shape
+    bound = FLOAT32_UNIT * (terms + 4) * magnitude
+    if activation == "silu":
+        bound = 1.1 * bound + 16 * FLOAT32_UNIT * np.abs(exact)
+    bound = bound + (np.abs(exact) + bound) * (unit(dtype) if dtype != torch.float32 else 0) + 1e-30
+    if dtype == torch.float16:
+        bound = bound + 2.0**-24  # denormals
+    error = np.abs(actual.double().cpu().numpy() - exact)
+    assert np.all(error <= bound), f"{(error / bound).max()} times the bound"
+
+
+def check_float(layer: Layer, rng, dtype, layout, with_residual=False, op="packed_conv2d") -> torch.Tensor:
+    x = laid_out(torch.from_numpy(rng.normal(size=layer.x_shape).astype(np.float32)).to(dtype), layout)
+    residual = None
+    if with_residual:
+        residual = laid_out(torch.from_numpy(rng.normal(size=layer.out_shape).astype(np.float32)).to(dtype), layout)
+    if op == "packed_gemv":
+        y = backend.packed_gemv(
+            x[:, :, 0, 0], layer.packed, layer.scale, layer.bias, layer.bits, layer.shared, layer.activation
+        )
+        assert y.dim() == 2 and y.is_contiguous()
+        y = y[:, :, None, None]
+    else:
+        y = backend.packed_conv2d(
+            x,
+            layer.packed,
+            layer.scale,
+            layer.bias,
+            residual,
+            layer.bits,
+            *layer.geometry.arguments,
+            layer.shared,
+            layer.activation,
+        )
+        assert_channels_last(y)
+    values = array(x).astype(np.float64)
+    epilogue = [None if t is None else array(t).astype(np.float64) for t in (layer.scale, layer.bias, residual)]
+    exact = oracle.epilogue(layer.sums(values), *epilogue, layer.activation).reshape(layer.out_shape)
+    positive = [None if t is None else np.abs(t) for t in epilogue]
+    magnitude = oracle.epilogue(layer.absolute().sums(np.abs(values)), *positive, "none").reshape(layer.out_shape)
+    assert_within_float32(y, dtype, exact, magnitude, math.prod(layer.codes.shape[2:]), layer.activation)
+    return y
+
+
+@few
+@given(layers(), SEEDS, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans())
+def test_packed_conv2d(layer, seed, dtype, layout, with_residual):
+    check_float(layer, np.random.default_rng(seed), dtype, layout, with_residual)
+
+
+@few
+@given(
+    SEEDS,
+    BITS,
+    st.tuples(st.integers(1, 4), st.integers(0, 5), st.integers(1, 300), st.integers(1, 40)),
+    st.booleans(),
+    st.sampled_from(ACTIVATIONS),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+    st.sampled_from(LAYOUTS),
+)
+def test_packed_gemv(seed, bits, sizes, shared, activation, bias, dtype, layout):
+    members, rows, in_features, out_features = sizes
+    rng = np.random.default_rng(seed)
+    layer = make_layer(
+        rng, bits, members, rows, (in_features, 1, 1), out_features, Geometry(), shared, activation, bias
+    )
+    check_float(layer, rng, dtype, layout, op="packed_gemv")
+
+
+class Codes(NamedTuple):
+    """The integer convolution's own choices."""
+
+    x_dtype: torch.dtype = torch.uint8
+    residual_dtype: torch.dtype | None = None
+    out_dtype: torch.dtype = torch.float32
+    code_range: tuple[int, int] = (0, 255)
+    layout: str = "contiguous"
+
+
+@st.composite
+def code_choices(draw):
+    out_dtype = draw(st.sampled_from([*INTEGERS, *DTYPES]))
+    code_range = draw(st.sampled_from([RANGES.get(out_dtype, (0, 255)), (0, 63)]))
+    residual_dtype = draw(st.sampled_from([None, *INTEGERS, *DTYPES]))
+    return Codes(draw(st.sampled_from(INTEGERS)), residual_dtype, out_dtype, code_range, draw(st.sampled_from(LAYOUTS)))
+
+
+def random_codes(rng, shape, dtype: torch.dtype) -> torch.Tensor:
+    """Codes of the whole range, its ends more often than the rest."""
+    low, high = RANGES[dtype]
+    codes = np.where(rng.random(shape) < 0.1, rng.choice([low, high], shape), rng.integers(low, high, shape))
+    return torch.from_numpy(codes.astype(np.int8 if dtype == torch.int8 else np.uint8))
+
+
+def check_int8(layer: Layer, rng, codes: Codes) -> torch.Tensor:
+    x = laid_out(random_codes(rng, layer.x_shape, codes.x_dtype), codes.layout)
+    member_scales = np.exp(rng.uniform(-5, -3, (3, layer.members))).astype(np.float32)
+    x_scale, residual_scale, out_scale = (laid_out(s) for s in member_scales)
+    residual = None
+    if codes.residual_dtype in INTEGERS:
+        residual = laid_out(random_codes(rng, layer.out_shape, codes.residual_dtype), codes.layout)
+    elif codes.residual_dtype is not None:
+        values = rng.normal(size=layer.out_shape).astype(np.float32)
+        residual = laid_out(torch.from_numpy(values).to(codes.residual_dtype), codes.layout)
+    integers_out = codes.out_dtype in INTEGERS
+    y = backend.packed_conv2d_int8(
+        x,
+        x_scale,
+        layer.packed,
+        layer.scale,
+        layer.bias,
+        residual,
+        residual_scale if codes.residual_dtype in INTEGERS else None,
+        out_scale if integers_out else None,
+        layer.bits,
+        *layer.geometry.arguments,
+        layer.shared,
+        layer.activation,
+        *codes.code_range,
+        codes.out_dtype,
+    )
+    assert_channels_last(y)
+
+    sums = layer.sums(array(x).astype(np.int64)).astype(np.float32)
+    addend = None
+    if residual is not None:
+        addend = array(residual).astype(np.float32).reshape(sums.shape)
+        if codes.residual_dtype in INTEGERS:
+            addend = addend * member_scales[1][:, None, None, None, None]
+    bias = None if layer.bias is None else array(layer.bias)
+    multiplier = array(layer.scale) * member_scales[0][:, None]
+    expected = oracle.epilogue(sums, multiplier, bias, addend, layer.activation)
+    if layer.activation == "silu":
+        assert_silu(y, expected, member_scales[2] if integers_out else None, codes)
+    elif integers_out:
+        expected = oracle.quantize(expected, member_scales[2], *codes.code_range, 0)
+        assert_equal(y, expected.reshape(layer.out_shape), codes.out_dtype)
+    else:
+        assert_equal(y, rounded(expected, codes.out_dtype).reshape(layer.out_shape), codes.out_dtype)
+    return y
+
+
+def assert_silu(y: torch.Tensor, expected: np.ndarray, out_scale: np.ndarray | None, codes: Codes) -> None:
+    """A few roundings apart: codes may differ by one where the value lies as close as that to a tie."""
+    assert y.dtype == codes.out_dtype and y.shape[0] == expected.shape[0] * expected.shape[1]
+    actual = array(y).reshape(expected.shape)
+    slack = 16 * FLOAT32_UNIT * np.abs(expected) + 1e-37
+    if out_scale is None:
+        store = unit(codes.out_dtype) if codes.out_dtype != torch.float32 else 0
+        assert np.all(np.abs(actual - expected.astype(np.float64)) <= slack + 1.01 * store * np.abs(expected) + 6e-8)
+    else:
+        for nudge, compare in ((-1, np.greater_equal), (1, np.less_equal)):
+            assert np.all(compare(actual, oracle.quantize(expected + nudge * slack, out_scale, *codes.code_range, 0)))
+
+
+@few
+@given(layers(), SEEDS, code_choices())
+def test_packed_conv2d_int8(layer, seed, codes):
+    check_int8(layer, np.random.default_rng(seed), codes)
+
+
+LARGER = {  # more than one block of every kind: pixels, channels, depth, members
+    "pointwise": dict(in_shape=(150, 9, 11), out_channels=140, geometry=Geometry()),
+    "pointwise stride 2": dict(in_shape=(64, 15, 15), out_channels=72, geometry=Geometry(stride=(2, 2))),
+    "3x3": dict(in_shape=(68, 9, 10), out_channels=67, geometry=Geometry((3, 3), padding=(1, 1, 1, 1))),
+    "deep": dict(in_shape=(520, 3, 3), out_channels=33, geometry=Geometry((3, 3), padding=(1, 1, 1, 1))),
+    "stem": dict(in_shape=(3, 30, 31), out_channels=64, geometry=Geometry((7, 7), (2, 2), (3, 3, 3, 3))),
+    "depthwise": dict(
+        in_shape=(130, 13, 12), out_channels=130, geometry=Geometry((5, 5), (2, 2), (1, 1, 2, 2), groups=130)
+    ),
+    "groups": dict(in_shape=(96, 7, 7), out_channels=120, geometry=Geometry((3, 3), padding=(1, 1, 1, 1), groups=3)),
+}
+
+
+@pytest.mark.parametrize("name", LARGER)
+@pytest.mark.parametrize("shared", [False, True])
+def test_larger_convolutions(name, shared):
+    rng = np.random.default_rng(0)
+    layer = make_layer(rng, 7, 2, 2, shared=shared, activation="relu", **LARGER[name])
+    check_float(layer, rng, torch.float32, "channels_last", with_residual=True)
+    check_int8(layer, rng, Codes(torch.uint8, torch.uint8, torch.uint8, layout="channels_last"))
+    check_int8(layer, rng, Codes(torch.int8, None, torch.int8, (-128, 127)))
+
+
+def test_extreme_codes_do_not_saturate():
+    """Products of 255 or -128 with -128, all of one sign: pairs of them overflow 16 bits, sums do not."""
+    rng = np.random.default_rng(0)
+    layer = make_layer(rng, 8, 1, 1, (64, 3, 3), 32, Geometry((3, 3), padding=(1, 1, 1, 1)), True, bias=False)
+    codes = np.full_like(layer.codes, -128)
+    layer = layer._replace(codes=codes, packed=laid_out(oracle.pack(codes, 8)[None]))
+    one = laid_out(np.ones(1, np.float32))
+    for dtype, value in ((torch.uint8, 255), (torch.int8, -128), (torch.int8, 127)):
+        x = torch.full((1, 64, 3, 3), value, dtype=dtype, device=backend.device)
+        geometry = layer.geometry.arguments
+        y = backend.packed_conv2d_int8(
+            x,
+            one,
+            layer.packed,
+            one.expand(1, 32),
+            None,
+            None,
+            None,
+            None,
+            8,
+            *geometry,
+            True,
+            "none",
+            0,
+            255,
+            torch.float32,
+        )
+        assert_equal(y, layer.sums(array(x).astype(np.int64))[0].astype(np.float32), torch.float32)
+
+
+def test_nan_and_infinity_follow_the_contract():
+    """NaN reaches float results and becomes code 0; infinity saturates; an invalid out_scale gives code 0."""
+    layer = make_layer(np.random.default_rng(0), 4, 3, 1, (2, 2, 2), 2, Geometry(), True, activation="relu")
+    bias = laid_out(np.array([[np.nan, 1], [np.inf, -np.inf], [1, 2]], np.float32))
+    x = torch.zeros((1, 2, 2, 2), dtype=torch.uint8, device=backend.device)
+    ones, out_scale = laid_out(np.ones(3, np.float32)), laid_out(np.array([0.5, 0.5, 0], np.float32))
+
+    def conv(out_scale: Any, code_range, dtype) -> np.ndarray:
+        y = backend.packed_conv2d_int8(
+            x,
+            ones,
+            layer.packed,
+            layer.scale,
+            bias,
+            None,
+            None,
+            out_scale,
+            4,
+            *layer.geometry.arguments,
+            True,
+            "relu",
+            *code_range,
+            dtype,
+        )
+        return array(y)[:, :, 0, 0]
+
+    np.testing.assert_array_equal(conv(None, (0, 255), torch.float32), [[np.nan, 1], [np.inf, 0], [1, 2]])
+    np.testing.assert_array_equal(conv(out_scale, (0, 100), torch.uint8), [[0, 2], [100, 0], [0, 0]])
+    np.testing.assert_array_equal(conv(out_scale, (3, 100), torch.int8), [[3, 3], [100, 3], [3, 3]])
+
+
+def test_every_element_is_written(poisoned_empty):
+    rng = np.random.default_rng(0)
+    for name, shared in (("3x3", True), ("depthwise", False)):
+        layer = make_layer(rng, 5, 2, 1, shared=shared, **LARGER[name])
+        check_float(layer, rng, torch.float32, "contiguous")
+        check_int8(layer, rng, Codes())
+    x = laid_out(rng.normal(size=(5, 7)).astype(np.float32))
+    scale = laid_out(np.full(5, 0.1, np.float32))
+    assert_equal(backend.quantize(x, scale, -8, 7, 0), oracle.quantize(array(x), array(scale), -8, 7, 0), torch.int8)
+
+
+def test_members_do_not_see_each_other():
+    """One call of M members gives the bits of M calls."""
+    rng = np.random.default_rng(0)
+    layer = make_layer(rng, 6, 3, 2, shared=False, **LARGER["3x3"])
+    x = laid_out(random_codes(rng, layer.x_shape, torch.uint8), "channels_last")
+    x_scale = laid_out(np.exp(rng.uniform(-5, -3, 3)).astype(np.float32))
+
+    def conv(x, members) -> torch.Tensor:
+        m = slice(*members)
+        return backend.packed_conv2d_int8(
+            x,
+            x_scale[m],
+            layer.packed[m],
+            layer.scale[m],
+            layer.bias[m],
+            None,
+            None,
+            None,
+            6,
+            *layer.geometry.arguments,
+            False,
+            "none",
+            0,
+            255,
+            torch.float32,
+        )
+
+    together = conv(x, (0, 3))
+    apart = torch.cat([conv(x[2 * m : 2 * m + 2], (m, m + 1)) for m in range(3)])
+    assert torch.equal(together, apart)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    if backend.name != "cpp":
+        pytest.skip("threads are the C++ backend's")
+    threads = torch.get_num_threads()
+    for name in ("3x3", "pointwise", "depthwise"):
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            rng = np.random.default_rng(0)
+            layer = make_layer(rng, 7, 2, 2, shared=False, **LARGER[name])
+            results.append((check_float(layer, rng, torch.float32, "contiguous"), check_int8(layer, rng, Codes())))
+        torch.set_num_threads(threads)
+        for actual in results[1:]:
+            assert torch.equal(actual[0], results[0][0]) and torch.equal(actual[1], results[0][1])
