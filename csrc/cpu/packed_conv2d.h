@@ -1,0 +1,64 @@
+// What the packed convolutions share: their sizes, the input as the kernels read it, and the kernels' entry points.
+#pragma once
+
+#include "packed_epilogue.h"
+
+#include "../tensor_layout.h"
+
+#include <cstdint>
+
+namespace qkernels {
+
+struct Sizes {
+  int64_t members, images;  // images of each member
+  int64_t in_channels, height, width;
+  int64_t out_channels, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w;
+  int64_t groups;
+  bool shared;  // every member sees the same images
+
+  int64_t depth() const { return in_channels / groups; }
+  int64_t codes_a_channel() const { return kernel_h * kernel_w * depth(); }
+  int64_t out_pixels() const { return images * out_height * out_width; }  // of a member
+  int64_t padded_height() const { return height + pad_top + pad_bottom; }
+  int64_t padded_width() const { return width + pad_left + pad_right; }
+  bool depthwise() const { return groups > 1 && depth() == 1; }
+  Sizes unpadded() const {
+    Sizes result = *this;
+    result.pad_top = result.pad_left = result.pad_bottom = result.pad_right = 0;
+    return result;
+  }
+};
+
+// The packed codes of every member, [members, bytes].
+struct PackedWeights {
+  const uint8_t* data;
+  int64_t bytes;  // of a member
+  int bits;
+};
+
+// The input as [images, height, width, channels]: uint8 codes, raised by `raised_by` if they are signed, or float32.
+template <class X>
+struct Image {
+  const X* data;
+  int64_t image, row, pixel;  // strides in elements
+  int64_t group;              // channels of a group: its own, then zeros that fill them up to the kernel's step
+  int32_t raised_by;
+  Tensor owner;
+};
+
+// Lays x, whose elements lie in the order [images, height, width, channels], out as an image that includes the padding
+// and whose groups are a multiple of `step` channels; no copy if x is one already. For a depthwise convolution a
+// channel is repeated for each output channel that reads it. A copy takes as many elements as x has with its padding.
+Image<uint8_t> image_of_codes(const Tensor& x, const Sizes& sizes, int64_t step);
+Image<float> image_of_floats(const Tensor& x, const Sizes& sizes, int64_t step);
+
+// y into e.out. The images of the first two include the padding, those of depthwise convolutions do not.
+void convolve_codes(const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e);
+void convolve_floats(const Image<float>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e);
+void convolve_depthwise(
+    const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e);
+void convolve_depthwise(
+    const Image<float>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e);
+
+}  // namespace qkernels

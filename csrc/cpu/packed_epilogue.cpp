@@ -1,0 +1,257 @@
+// The epilogue in float32, each operation rounded, as docs/numerics.md has it: the same bits on every backend.
+
+#include "packed_epilogue.h"
+
+#include "../numerics.h"
+#include "cpu_isa.h"
+#include "elements.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+namespace qkernels {
+namespace {
+
+constexpr int64_t kMostRows = 12;  // pixels handled at a time
+
+struct NoResidual {};
+
+template <class T>
+constexpr bool is_code = std::is_same_v<T, uint8_t> || std::is_same_v<T, int8_t>;
+
+struct Bounds {
+  float low, high;
+};
+
+Bounds bounds_of(Activation activation) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  switch (activation) {
+    case Activation::relu: return {0.0f, infinity};
+    case Activation::relu6: return {0.0f, 6.0f};
+    default: return {-infinity, infinity};
+  }
+}
+
+template <class Sum, class Residual>
+QK_ALWAYS_INLINE float value(
+    const ChannelBlock& block, Bounds bounds, const Sum* sums, const Residual* residual, int64_t c) {
+  float v = static_cast<float>(sums[c]) * block.multiplier[c] + block.bias[c];
+  if constexpr (is_code<Residual>)
+    v = v + static_cast<float>(residual[c]) * block.residual_scale;
+  else if constexpr (!std::is_same_v<Residual, NoResidual>)
+    v = v + load(residual[c]);
+  return clamp(v, bounds.low, bounds.high);
+}
+
+template <class Sum, class Residual>
+QK_VECTORIZED void values_of(
+    const ChannelBlock& block, Bounds bounds, const Sum* sums, int64_t stride, const Residual* residual,
+    int64_t channels, int64_t rows, float* values) {
+  for (int64_t row = 0; row < rows; ++row) {
+#pragma omp simd
+    for (int64_t c = 0; c < block.count; ++c)
+      values[row * kBlockChannels + c] = value(block, bounds, sums + row * stride, residual + row * channels, c);
+  }
+}
+
+// exp(x) for x <= 88 within two units in the last place: 2^n times a polynomial in the rest, |r| <= log(2) / 2.
+QK_ALWAYS_INLINE float exponential(float x) {
+  x = clamp(x, -104.0f, 88.7f);
+  const float n = round_half_even(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.0f / 5040;
+  for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = p * r + coefficient;
+  // 2^n in two factors, each of which is a normal number.
+  const int half = static_cast<int>(n) / 2, rest = static_cast<int>(n) - half;
+  const int32_t bits[2] = {(half + 127) << 23, (rest + 127) << 23};
+  float factors[2];
+  std::memcpy(factors, bits, sizeof bits);
+  return p * factors[0] * factors[1];
+}
+
+QK_VECTORIZED void silu(float* values, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) values[i] = values[i] / (1.0f + exponential(-values[i]));
+}
+
+// The code is round(clamp(v / scale)) with IEEE division, which is slow. A product with 1 / scale differs from the
+// quotient by less than 2^-14 in the range of codes, so it rounds to the same code unless it lies that near to a tie
+// (or is NaN, or 1 / scale is not a number to rely on); then it is divided.
+constexpr float kSure = 0.5f - 0x1p-14f;
+
+struct Requantizer {
+  float scale, inverse, qmin, qmax, of_nan;
+
+  Requantizer(float given, float low, float high)
+      : scale(valid_scale(given)), inverse(scale > 0x1p-100f && scale < 0x1p100f ? 1.0f / scale : NAN), qmin(low),
+        qmax(high), of_nan(clamp(0.0f, low, high)) {}
+};
+
+QK_ALWAYS_INLINE uint8_t byte_of(float code) { return static_cast<uint8_t>(static_cast<int>(code)); }
+
+// Writes the codes of n values; false if some need the division.
+template <class Value>
+QK_ALWAYS_INLINE bool quick_codes(const Requantizer& q, int64_t n, uint8_t* codes, const Value& value) {
+  int unsure = 0;
+#pragma omp simd reduction(| : unsure)
+  for (int64_t c = 0; c < n; ++c) {
+    const float grid = clamp(value(c) * q.inverse, q.qmin, q.qmax), code = round_half_even(grid);
+    unsure |= !(__builtin_fabsf(grid - code) < kSure);
+    codes[c] = byte_of(code);
+  }
+  return !unsure;
+}
+
+QK_ALWAYS_INLINE void exact_codes(const Requantizer& q, int64_t n, uint8_t* codes, const float* values) {
+  for (int64_t c = 0; c < n; ++c) {
+    const float code = round_half_even(clamp(divide(values[c], q.scale), q.qmin, q.qmax));
+    codes[c] = byte_of(code == code ? code : q.of_nan);
+  }
+}
+
+QK_VECTORIZED void codes_of(
+    Requantizer q, const float* values, int64_t n, int64_t rows, int64_t channels, uint8_t* out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* v = values + row * kBlockChannels;
+    if (!quick_codes(q, n, out + row * channels, [v](int64_t c) { return v[c]; }))
+      exact_codes(q, n, out + row * channels, v);
+  }
+}
+
+template <class Out>
+QK_VECTORIZED void store_rows(const float* values, int64_t n, int64_t rows, int64_t channels, Out* out) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < n; ++c) store(out + row * channels + c, values[row * kBlockChannels + c]);
+}
+
+#if defined(__x86_64__)
+// The common epilogue, sums to codes, without a trip through memory: 16 channels of every row at a time. An activation
+// that clamps y clamps y / scale as well, at its bounds over scale.
+template <class Residual>
+QK_AVX512 void codes_of_sums(
+    const ChannelBlock& block, const Requantizer& q, Bounds bounds, const int32_t* sums, int64_t stride,
+    const Residual* residual, int64_t channels, int64_t rows, uint8_t* out) {
+  const __m512 scale = _mm512_set1_ps(q.scale), inverse = _mm512_set1_ps(q.inverse);
+  const __m512 low = _mm512_set1_ps(clamp(divide(bounds.low, q.scale), q.qmin, q.qmax));
+  const __m512 high = _mm512_set1_ps(clamp(divide(bounds.high, q.scale), q.qmin, q.qmax));
+  const __m512 residual_scale = _mm512_set1_ps(block.residual_scale);
+  for (int64_t c = 0; c < block.count; c += 16) {
+    const __mmask16 used = static_cast<__mmask16>(block.count - c >= 16 ? 0xffff : (1 << (block.count - c)) - 1);
+    const __m512 multiplier = _mm512_load_ps(block.multiplier + c), bias = _mm512_load_ps(block.bias + c);
+    for (int64_t row = 0; row < rows; ++row) {
+      __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(sums + row * stride + c));
+      v = _mm512_add_ps(_mm512_mul_ps(v, multiplier), bias);
+      if constexpr (is_code<Residual>) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(used, residual + row * channels + c);
+        const __m512i codes =
+            std::is_same_v<Residual, int8_t> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+        v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(codes), residual_scale));
+      }
+      // Of these, the second operand comes out if one is NaN.
+      __m512 grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_mul_ps(v, inverse)));
+      __m512 code = _mm512_roundscale_ps(grid, _MM_FROUND_TO_NEAREST_INT);
+      const __m512 distance = _mm512_abs_ps(_mm512_sub_ps(grid, code));
+      if (_mm512_mask_cmp_ps_mask(used, distance, _mm512_set1_ps(kSure), _CMP_NLT_UQ)) {
+        grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_div_ps(v, scale)));
+        code = _mm512_roundscale_ps(grid, _MM_FROUND_TO_NEAREST_INT);
+        code = _mm512_mask_mov_ps(code, _mm512_cmp_ps_mask(code, code, _CMP_UNORD_Q), _mm512_set1_ps(q.of_nan));
+      }
+      _mm512_mask_cvtepi32_storeu_epi8(out + row * channels + c, used, _mm512_cvtps_epi32(code));
+    }
+  }
+}
+#endif
+
+// Calls f(pointer to the residual's element `at`, of its type).
+template <class F>
+void with_residual(const Epilogue& e, int64_t at, const F& f) {
+  if (e.residual == nullptr) return f(static_cast<const NoResidual*>(nullptr));
+  switch (e.residual_dtype) {
+    case ScalarType::Byte: return f(static_cast<const uint8_t*>(e.residual) + at);
+    case ScalarType::Char: return f(static_cast<const int8_t*>(e.residual) + at);
+    case ScalarType::BFloat16: return f(static_cast<const BFloat16*>(e.residual) + at);
+    case ScalarType::Half: return f(static_cast<const Float16*>(e.residual) + at);
+    default: return f(static_cast<const float*>(e.residual) + at);
+  }
+}
+
+void store_values(const Epilogue& e, const ChannelBlock& block, const float* values, int64_t rows, int64_t at) {
+  const int64_t n = block.count;
+  switch (e.out_dtype) {
+    case ScalarType::Float: return store_rows(values, n, rows, e.channels, static_cast<float*>(e.out) + at);
+    case ScalarType::BFloat16: return store_rows(values, n, rows, e.channels, static_cast<BFloat16*>(e.out) + at);
+    case ScalarType::Half: return store_rows(values, n, rows, e.channels, static_cast<Float16*>(e.out) + at);
+    default: {
+      const Requantizer q(block.out_scale, e.qmin, e.qmax);
+      return codes_of(q, values, n, rows, e.channels, static_cast<uint8_t*>(e.out) + at);
+    }
+  }
+}
+
+template <class Sum>
+void finish_rows(
+    const Epilogue& e, const ChannelBlock& block, const Sum* sums, int64_t stride, int64_t rows, int64_t at) {
+  alignas(64) float values[kMostRows * kBlockChannels];
+  for (int64_t done = 0; done < rows; done += kMostRows) {
+    const int64_t m = std::min(kMostRows, rows - done), out = at + done * e.channels;
+    with_residual(e, out, [&](const auto* residual) {
+      values_of(block, bounds_of(e.activation), sums + done * stride, stride, residual, e.channels, m, values);
+    });
+    if (e.activation == Activation::silu)
+      for (int64_t row = 0; row < m; ++row) silu(values + row * kBlockChannels, block.count);
+    store_values(e, block, values, m, out);
+  }
+}
+
+bool finish_codes(
+    const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t at) {
+#if defined(__x86_64__)
+  const bool codes = e.out_scale != nullptr && (e.residual == nullptr || e.residual_scale != nullptr);
+  if (!codes || e.activation == Activation::silu || !block.avx512) return false;
+  const Requantizer q(block.out_scale, e.qmin, e.qmax);
+  uint8_t* out = static_cast<uint8_t*>(e.out) + at;
+  with_residual(e, at, [&](const auto* residual) {
+    codes_of_sums(block, q, bounds_of(e.activation), sums, stride, residual, e.channels, rows, out);
+  });
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+Activation activation_named(std::string_view name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu6") return Activation::relu6;
+  STD_TORCH_CHECK(name == "silu", "qkernels: activation must be none, relu, relu6 or silu");
+  return Activation::silu;
+}
+
+ChannelBlock::ChannelBlock(const Epilogue& e, int64_t member, int64_t first, int64_t n)
+    : count(n), avx512(use_avx512()) {
+  for (int64_t c = 0; c < n; ++c) {
+    const int64_t i = member * e.channels + first + c;
+    multiplier[c] = e.x_scale ? e.scale[i] * e.x_scale[member] : e.scale[i];
+    bias[c] = e.bias ? e.bias[i] : 0.0f;
+  }
+  residual_scale = e.residual_scale ? e.residual_scale[member] : 1.0f;
+  out_scale = e.out_scale ? e.out_scale[member] : 1.0f;
+}
+
+void finish(
+    const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t out) {
+  if (!finish_codes(e, block, sums, stride, rows, out)) finish_rows(e, block, sums, stride, rows, out);
+}
+
+void finish(
+    const Epilogue& e, const ChannelBlock& block, const float* sums, int64_t stride, int64_t rows, int64_t out) {
+  finish_rows(e, block, sums, stride, rows, out);
+}
+
+}  // namespace qkernels

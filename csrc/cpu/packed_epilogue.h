@@ -1,0 +1,51 @@
+// What follows the sums of a packed convolution: scale, bias, residual, activation, and codes again.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <string_view>
+
+namespace qkernels {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kBlockChannels = 64;  // output channels that a tile has at most
+
+enum class Activation { none, relu, relu6, silu };
+
+Activation activation_named(std::string_view name);
+
+// Pointers to float32 vectors of all members, [members, channels] or [members]; null where the op has none. Residual
+// and output are [members, pixels, channels].
+struct Epilogue {
+  int64_t channels;
+  const float* scale;
+  const float* x_scale;
+  const float* bias;
+  const void* residual;
+  ScalarType residual_dtype;
+  const float* residual_scale;
+  Activation activation;
+  void* out;
+  ScalarType out_dtype;
+  const float* out_scale;
+  float qmin, qmax;
+};
+
+// The constants of `count` channels of a member from `first` upward, gathered once for many tiles.
+struct ChannelBlock {
+  ChannelBlock(const Epilogue& e, int64_t member, int64_t first, int64_t count);
+
+  int64_t count;
+  bool avx512;
+  alignas(64) float multiplier[kBlockChannels], bias[kBlockChannels];
+  float residual_scale, out_scale;
+};
+
+// Finishes `rows` pixels' sums, [rows, stride], whose outputs start at element `out` and lie e.channels apart.
+void finish(
+    const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t out);
+void finish(const Epilogue& e, const ChannelBlock& block, const float* sums, int64_t stride, int64_t rows, int64_t out);
+
+}  // namespace qkernels

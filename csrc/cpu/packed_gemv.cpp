@@ -1,0 +1,82 @@
+// packed_gemv for CPU tensors. For one row a member, every weight is read from its bits, bits / 8 bytes of it, and used
+// once; with more rows it pays to widen the weights first, as the convolution of 1x1 images does.
+//
+// Scratch of a thread: 16 * in codes.
+
+#include "elements.h"
+#include "packed_arguments.h"
+#include "packed_weights.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <vector>
+
+namespace qkernels {
+namespace {
+
+constexpr int64_t kChannels = 16;           // unpacked at a time
+constexpr int64_t kGrainWeights = 1 << 16;  // fewer are not worth waking a thread for
+
+// In as many sums as keep the processor's adders busy.
+QK_VECTORIZED float dot(const float* x, const int8_t* codes, int64_t n) {
+  constexpr int64_t lanes = 64;
+  float sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int64_t lane = 0; lane < lanes; ++lane) sums[lane] += x[i + lane] * static_cast<float>(codes[i + lane]);
+  for (int64_t lane = 0; i + lane < n; ++lane) sums[lane] += x[i + lane] * static_cast<float>(codes[i + lane]);
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
+}
+
+// One row a member.
+void multiply(const Image<float>& x, const Sizes& s, const PackedWeights& packed, const Epilogue& e) {
+  const int64_t depth = s.in_channels;
+  const int64_t blocks = (s.out_channels + kChannels - 1) / kChannels;
+  const int64_t grain = std::max<int64_t>(1, kGrainWeights / (kChannels * depth));
+  torch::stable::parallel_for(0, s.members * blocks, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int8_t> room(room_for_codes(kChannels * depth));
+    alignas(64) float sums[kChannels];
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t member = block / blocks, first = block % blocks * kChannels;
+      const int64_t count = std::min(kChannels, s.out_channels - first);
+      const int8_t* codes = unpack_range(
+          packed.data + member * packed.bytes, packed.bits, first * depth, count * depth, room.data());
+      const float* row = x.data + (s.shared ? 0 : member * depth);
+      for (int64_t c = 0; c < count; ++c) sums[c] = dot(row, codes + c * depth, depth);
+      finish(e, ChannelBlock(e, member, first, count), sums, kChannels, 1, member * e.channels + first);
+    }
+  });
+}
+
+Tensor packed_gemv(
+    Tensor x, Tensor packed, Tensor scale, OptionalTensor bias, int64_t bits, bool shared, std::string activation) {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && x.size(1) > 0 && scale.dim() == 2 && scale.size(0) > 0 &&
+          (shared || x.size(0) % scale.size(0) == 0),
+      "qkernels: x must be [rows, in], rows for every member, and scale [members, out]");
+  const int64_t members = scale.size(0), channels = scale.size(1), rows = shared ? x.size(0) : x.size(0) / members;
+  const Sizes s{members, rows, x.size(1), 1, 1, channels, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, shared};
+  packed = torch::stable::contiguous(packed);
+  const PackedWeights weights = weights_of(packed, s, bits);
+  const OptionalTensor scales = floats("scale", scale, members * channels);
+  bias = floats("bias", bias, members * channels);
+  const int64_t sizes[] = {members * rows, channels}, strides[] = {channels, 1};
+  Tensor y = empty_strided({sizes, 2}, {strides, 2}, x.scalar_type(), x);
+  const Epilogue e{
+      channels, data(scales), nullptr, data(bias), nullptr, x.scalar_type(), nullptr, activation_named(activation),
+      y.data_ptr(), x.scalar_type(), nullptr, 0.0f, 0.0f};
+  if (y.numel() == 0) return y;
+  const Image<float> image = image_of_floats(torch::stable::contiguous(x), s, 1);
+  rows == 1 ? multiply(image, s, weights, e) : convolve_floats(image, s, weights, e);
+  return y;
+}
+
+}  // namespace
+}  // namespace qkernels
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("packed_gemv", TORCH_BOX(&qkernels::packed_gemv));
+}

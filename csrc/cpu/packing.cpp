@@ -1,0 +1,202 @@
+// pack, unpack, quantize and dequantize_packed for CPU tensors.
+//
+// Bytes a code, each moved once: pack reads 1 and writes bits / 8, unpack the reverse; quantize reads an element and
+// writes 1; dequantize_packed reads bits / 8 and writes an element.
+
+#include "elements.h"
+#include "packed_weights.h"
+#include "work.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstring>
+
+namespace qkernels {
+namespace {
+
+constexpr int64_t kGrainBlocks = kSerialElements / kBlockCodes;
+
+void check_bits(int64_t bits) {
+  STD_TORCH_CHECK(bits >= 2 && bits <= 8, "qkernels: bits must be 2..8, got ", bits);
+}
+
+// Calls work(row, block, begin of its codes, how many) for every block of `rows` packed tensors of `count` codes each.
+template <class Work>
+void for_each_block(int64_t rows, int64_t count, const Work& work) {
+  const int64_t blocks = (count + kBlockCodes - 1) / kBlockCodes;
+  torch::stable::parallel_for(0, rows * blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % blocks * kBlockCodes;
+      work(i / blocks, i % blocks, first, std::min<int64_t>(kBlockCodes, count - first));
+    }
+  });
+}
+
+// The plane of `width` bits from bit `from` upward of a block of codes: `width` rows of 32 bytes.
+QK_VECTORIZED void pack_plane(const uint8_t* codes, int from, int width, uint8_t* plane) {
+  const int mask = (1 << width) - 1;
+  for (int row = 0; row < width; ++row) {
+    uint8_t bytes[kChunkCodes] = {};
+    for (int chunk = row, shift = 0; chunk < 8; chunk += width, shift += width)
+      for (int t = 0; t < kChunkCodes; ++t)
+        bytes[t] |= static_cast<uint8_t>(((codes[chunk * kChunkCodes + t] >> from) & mask) << shift);
+    std::memcpy(plane + row * kChunkCodes, bytes, kChunkCodes);
+  }
+}
+
+Tensor pack(Tensor codes, int64_t bits) {
+  check_bits(bits);
+  const int64_t count = codes.numel();
+  codes = torch::stable::contiguous(codes);
+  Tensor packed = empty_vector(packed_bytes(count, bits), ScalarType::Byte, codes);
+  const uint8_t* in = static_cast<const uint8_t*>(codes.data_ptr());
+  uint8_t* out = static_cast<uint8_t*>(packed.data_ptr());
+  for_each_block(1, count, [&](int64_t, int64_t block, int64_t begin, int64_t n) {
+    uint8_t padded[kBlockCodes] = {};
+    if (n < kBlockCodes) std::memcpy(padded, in + begin, n);
+    uint8_t* planes = out + block * kChunkCodes * bits;
+    for (int from = 0, width = 0; from < bits; from += width) {
+      width = plane_width(bits, from);
+      pack_plane(n < kBlockCodes ? padded : in + begin, from, width, planes + kChunkCodes * from);
+    }
+  });
+  return packed;
+}
+
+void check_packed(const Tensor& packed, int64_t bits, int64_t count) {
+  check_bits(bits);
+  STD_TORCH_CHECK(
+      packed.dim() > 0 && packed.scalar_type() == ScalarType::Byte && count >= 0 &&
+          packed.size(packed.dim() - 1) == packed_bytes(count, bits),
+      "qkernels: packed does not hold ", count, " codes of ", bits, " bits");
+}
+
+Tensor unpack(Tensor packed, int64_t bits, int64_t count, bool is_signed) {
+  check_packed(packed, bits, count);
+  packed = torch::stable::contiguous(packed);
+  std::vector<int64_t> sizes(packed.sizes().begin(), packed.sizes().end()), strides(sizes.size(), 1);
+  sizes.back() = count;
+  for (int64_t d = packed.dim() - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(1, sizes[d + 1]);
+  Tensor codes = empty_strided(sizes, strides, is_signed ? ScalarType::Char : ScalarType::Byte, packed);
+  const uint8_t* in = static_cast<const uint8_t*>(packed.data_ptr());
+  uint8_t* out = static_cast<uint8_t*>(codes.data_ptr());
+  const int64_t row_bytes = packed_bytes(count, bits), rows = row_bytes ? packed.numel() / row_bytes : 0;
+  for_each_block(rows, count, [&](int64_t row, int64_t block, int64_t begin, int64_t n) {
+    const uint8_t* bytes = in + row * row_bytes + block * kChunkCodes * bits;
+    if (n == kBlockCodes) return unpack_blocks(bytes, bits, is_signed, 1, out + row * count + begin);
+    uint8_t last[kBlockCodes];
+    unpack_blocks(bytes, bits, is_signed, 1, last);
+    std::memcpy(out + row * count + begin, last, n);
+  });
+  return codes;
+}
+
+template <class Y>
+QK_VECTORIZED void dequantize(const uint8_t* codes, float scale, int64_t n, Y* y) {
+  for (int64_t i = 0; i < n; ++i) store(y + i, static_cast<float>(static_cast<int8_t>(codes[i])) * scale);
+}
+
+template <class Y>
+void dequantize_rows(const uint8_t* packed, const float* scale, int64_t members, int64_t channels, int64_t bits,
+                     int64_t count, Y* y) {
+  const int64_t depth = count / channels;
+  for_each_block(members, count, [&](int64_t member, int64_t block, int64_t begin, int64_t n) {
+    uint8_t codes[kBlockCodes];
+    unpack_blocks(packed + member * packed_bytes(count, bits) + block * kChunkCodes * bits, bits, true, 1, codes);
+    for (int64_t i = begin; i < begin + n;) {  // channel by channel
+      const int64_t channel = i / depth, end = std::min(begin + n, (channel + 1) * depth);
+      dequantize(codes + i - begin, scale[member * channels + channel], end - i, y + member * count + i);
+      i = end;
+    }
+  });
+}
+
+// Calls f(element of `dtype`) with a value whose type says which.
+template <class F>
+void with_element(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Float16{});
+    default: STD_TORCH_CHECK(false, "qkernels: elements must be float32, bfloat16 or float16");
+  }
+}
+
+Tensor dequantize_packed(Tensor packed, Tensor scale, int64_t bits, int64_t count, ScalarType out_dtype) {
+  check_packed(packed, bits, count);
+  STD_TORCH_CHECK(
+      packed.dim() == 2 && scale.dim() == 2 && scale.scalar_type() == ScalarType::Float &&
+          scale.size(0) == packed.size(0) && scale.size(1) > 0 && count % scale.size(1) == 0,
+      "qkernels: scale does not fit packed");
+  packed = torch::stable::contiguous(packed);
+  scale = torch::stable::contiguous(scale);
+  const int64_t members = scale.size(0), channels = scale.size(1), depth = count / channels;
+  const int64_t sizes[] = {members, channels, depth};
+  const int64_t row = std::max<int64_t>(1, depth), strides[] = {channels * row, row, 1};
+  Tensor y = empty_strided({sizes, 3}, {strides, 3}, out_dtype, packed);
+  with_element(out_dtype, [&](auto element) {
+    dequantize_rows(
+        static_cast<const uint8_t*>(packed.data_ptr()), static_cast<const float*>(scale.data_ptr()), members,
+        channels, bits, count, static_cast<decltype(element)*>(y.data_ptr()));
+  });
+  return y;
+}
+
+// The code of x as an integer, NaN's being `of_nan`.
+QK_ALWAYS_INLINE uint8_t code_of(const Quantizer& q, float x, float of_nan) {
+  const float code = q.code(q.grid(x));
+  return static_cast<uint8_t>(static_cast<int>(code == code ? code : of_nan));
+}
+
+template <class X>
+QK_VECTORIZED void quantize_row(const X* x, uint8_t* codes, int64_t n, Quantizer q, float of_nan) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) codes[i] = code_of(q, load(x[i]), of_nan);
+}
+
+template <class X>
+QK_VECTORIZED void quantize_columns(
+    const X* x, uint8_t* codes, int64_t n, const float* scale, float qmin, float qmax, float of_nan) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) codes[i] = code_of({scale[i], 0.0f, qmin, qmax}, load(x[i]), of_nan);
+}
+
+Tensor quantize(Tensor x, Tensor scale, int64_t qmin, int64_t qmax, std::optional<int64_t> axis) {
+  x = dense(x);
+  scale = torch::stable::contiguous(scale);
+  const Walk walk(extents(x, axis));
+  STD_TORCH_CHECK(
+      scale.scalar_type() == ScalarType::Float && scale.numel() == walk.e.channels, "qkernels: scale does not fit x");
+  Tensor codes = empty_as(x, qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  uint8_t* out = static_cast<uint8_t*>(codes.data_ptr());
+  const float low = static_cast<float>(qmin), high = static_cast<float>(qmax), of_nan = clamp(0.0f, low, high);
+  const float* given = static_cast<const float*>(scale.data_ptr());
+  std::vector<float> column_scales;
+  for (int64_t i = 0; !walk.by_rows && i < walk.columns(); ++i)
+    column_scales.push_back(valid_scale(given[i / walk.e.inner]));
+  const std::vector<Block> blocks = cut({walk});
+  with_element(x.scalar_type(), [&](auto element) {
+    const auto* in = static_cast<const decltype(element)*>(x.data_ptr());
+    run_blocks(blocks, [&](int64_t i) {
+      for (int64_t unit = blocks[i].first_unit; unit < blocks[i].last_unit; ++unit) {
+        const int64_t begin = walk.begin(unit), n = walk.length(unit);
+        if (walk.by_rows)
+          quantize_row(in + begin, out + begin, n, {valid_scale(given[walk.channel(unit)]), 0.0f, low, high}, of_nan);
+        else
+          quantize_columns(in + begin, out + begin, n, column_scales.data(), low, high, of_nan);
+      }
+    });
+  });
+  return codes;
+}
+
+}  // namespace
+}  // namespace qkernels
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("pack", TORCH_BOX(&qkernels::pack));
+  m.impl("unpack", TORCH_BOX(&qkernels::unpack));
+  m.impl("quantize", TORCH_BOX(&qkernels::quantize));
+  m.impl("dequantize_packed", TORCH_BOX(&qkernels::dequantize_packed));
+}

@@ -1,0 +1,523 @@
+"""The packed ops on a GPU, in every backend that has them, against the reference in float64.
+
+Larger shapes than Triton's interpreter can run, races, streams, CUDA graphs and torch.compile;
+tests/qkernels/test_packed_backends.py holds the same kernels to a strict bound on small shapes.
+"""
+
+import random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qkernels as qk
+from qkernels import backends, packed_ops, reference
+from qkernels.packed_ops import Geometry
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
+REPEATS = 20
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    """op name -> its function in one backend, called with the arguments of the op's schema."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        return in_triton
+    for row in backends.report():
+        if row.device == "cuda" and row.backend != "cuda" and row.op not in backends.NOT_IN_CUDA:
+            pytest.skip(f"the C++/CUDA backend does not serve {row.op} here: {row.backend} does ({row.reason})")
+    return lambda op: getattr(torch.ops.qkernels, op).default
+
+
+def in_triton(op):
+    return backends.implementation(op, "triton")
+
+
+def needs_triton_convolutions():
+    pytest.importorskip("triton")
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_near(actual: Tensor, exact: Tensor) -> None:
+    """Within float32's rounding of the sums and one store; `exact` is float64."""
+    assert actual.shape == exact.shape and bool(actual.isfinite().all())
+    unit = 2e-6 + torch.finfo(actual.dtype).eps / 2
+    error = actual.double() - exact
+    assert error.norm() <= unit * exact.norm()
+    assert error.abs().max() <= 16 * unit * exact.abs().max()
+
+
+def unaligned(t: Tensor) -> Tensor:
+    """The same values one element past a 16-byte boundary."""
+    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+
+def random_codes(shape, dtype=torch.int8) -> Tensor:
+    low, high = (-128, 128) if dtype == torch.int8 else (0, 256)
+    return torch.randint(low, high, shape, dtype=dtype, device="cuda")
+
+
+# pack, unpack, quantize, dequantize_packed
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "unaligned"])
+def test_pack_and_unpack(backend, bits, layout):
+    for shape in [(0,), (1,), (3, 5), (255,), (256,), (257,), (2048, 33), (64, 3, 7, 7), (3, 1000, 1001)]:
+        for dtype in (torch.int8, torch.uint8):
+            codes = random_codes(shape, dtype)
+            if layout == "transposed":
+                codes = codes.flip(0).movedim(-1, 0).contiguous().movedim(0, -1)
+            elif layout == "unaligned":
+                codes = unaligned(codes)
+            packed = backend("pack")(codes, bits)
+            assert_equal(packed, reference.pack(codes.contiguous(), bits))
+            for signed in (True, False):
+                expected = reference.unpack(packed, bits, codes.numel(), signed)
+                assert_equal(backend("unpack")(packed, bits, codes.numel(), signed), expected)
+
+
+def test_unpack_many(backend):
+    """Any bytes are codes: also behind the last one, and in every member."""
+    for bits, count in ((7, 300), (2, 70_001), (8, 64 * 147), (5, 1)):
+        packed = random_codes((2, 3, packed_ops.packed_nbytes(count, bits)), torch.uint8)
+        for t in (packed, unaligned(packed), packed[:, ::2]):
+            assert_equal(backend("unpack")(t, bits, count, True), reference.unpack(t, bits, count, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize_packed(backend, dtype):
+    for bits, members, channels, depth in ((7, 5, 512, 4608), (4, 2, 1000, 1), (3, 3, 17, 33), (2, 1, 1, 70_001)):
+        count = channels * depth
+        packed = random_codes((members, packed_ops.packed_nbytes(count, bits)), torch.uint8)
+        scale = torch.randn(members, channels, device="cuda")
+        expected = reference.dequantize_packed(packed, scale, bits, count, dtype)
+        assert_equal(backend("dequantize_packed")(packed, scale, bits, count, dtype), expected)
+        assert_equal(backend("dequantize_packed")(unaligned(packed), scale, bits, count, dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every other", "unaligned"])
+def test_quantize(backend, dtype, layout):
+    for shape in [(1, 1, 1, 1), (3, 5, 7, 7), (8, 96, 28, 28), (64, 3, 1, 1), (16, 2048, 1, 1), (5, 17, 33, 65)]:
+        for axis in (None, 0, 1, 3):
+            x = (torch.randn(shape) * 20).to(dtype)
+            x.view(-1)[::5] = (torch.randint(-200, 200, x.view(-1)[::5].shape) / 8).to(dtype)  # many of them ties
+            x.view(-1)[:: max(7, x.numel() // 9)] = torch.nan
+            scale = torch.full((1 if axis is None else shape[axis],), 0.25)
+            scale[::3], scale[4::9] = 0.013, torch.nan
+            scale = scale.reshape(()) if axis is None else scale
+            on_gpu = x.cuda()
+            if layout == "channels_last":
+                on_gpu = on_gpu.contiguous(memory_format=torch.channels_last)
+            elif layout == "every other":
+                on_gpu = torch.stack([on_gpu, on_gpu], -1)[..., 0]
+            elif layout == "unaligned":
+                on_gpu = unaligned(on_gpu)
+            for qmin, qmax in ((-128, 127), (0, 255), (3, 9)):
+                codes = backend("quantize")(on_gpu, scale.cuda(), qmin, qmax, axis)
+                assert_equal(codes, reference.quantize(x, scale, qmin, qmax, axis))
+
+
+def test_more_than_2_31_codes(backend):
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GB of GPU memory")
+    count, bits, tail = 2**31 + 1000, 7, 3 * 256 + 1000 % 256
+    codes = torch.empty(count, dtype=torch.int8, device="cuda").random_(-64, 64)
+    packed = backend("pack")(codes, bits)
+    assert torch.equal(packed[-4 * 32 * bits :], reference.pack(codes[-tail:], bits))
+    assert torch.equal(backend("unpack")(packed, bits, count, True), codes)
+    del codes
+    x = torch.empty(count, dtype=torch.float16, device="cuda").normal_()
+    scale = torch.tensor(0.05, device="cuda")
+    quantized = backend("quantize")(x, scale, -8, 7, None)
+    for part in (slice(0, 1 << 20), slice(count - (1 << 20), count)):
+        assert torch.equal(quantized[part], reference.quantize(x[part], scale, -8, 7, None))
+
+
+# packed_gemv
+
+
+class Linear(NamedTuple):
+    """Arguments of packed_gemv in its order."""
+
+    x: Tensor
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    bits: int
+    shared: bool
+    activation: str
+
+
+def random_linear(
+    bits, members, rows, in_features, out_features, dtype=torch.float32, shared=False, activation="none", bias=True
+) -> Linear:
+    count = out_features * in_features
+    return Linear(
+        torch.randn(rows * (1 if shared else members), in_features, device="cuda").to(dtype),
+        random_codes((members, packed_ops.packed_nbytes(count, bits)), torch.uint8),
+        torch.rand(members, out_features, device="cuda") / (2**bits * in_features**0.5),
+        torch.randn(members, out_features, device="cuda") if bias else None,
+        bits,
+        shared,
+        activation,
+    )
+
+
+def check_gemv(backend, linear: Linear) -> None:
+    exact = reference.packed_gemv(linear.x.double(), *linear[1:])
+    y = backend("packed_gemv")(*linear)
+    assert y.dtype == linear.x.dtype and y.is_contiguous()
+    assert_near(y, exact)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gemv(backend, bits, dtype):
+    for sizes in ((5, 1, 2048, 2048), (5, 8, 2048, 512), (2, 3, 1280, 1000), (1, 1, 8192, 4096), (3, 2, 576, 200)):
+        check_gemv(backend, random_linear(bits, *sizes, dtype))
+
+
+def test_gemv_on_random_shapes(backend):
+    choose = random.Random(0)
+    for _ in range(100):
+        in_features = choose.choice([choose.randint(1, 40), choose.randint(1, 3000), 32 * choose.randint(1, 99)])
+        linear = random_linear(
+            choose.randint(2, 8),
+            choose.randint(1, 6),
+            choose.choice([1, 1, 2, choose.randint(1, 9), choose.randint(1, 70)]),
+            in_features,
+            choose.choice([choose.randint(1, 40), choose.randint(1, 3000)]),
+            choose.choice(DTYPES),
+            choose.random() < 0.5,
+            choose.choice(ACTIVATIONS),
+            choose.random() < 0.7,
+        )
+        check_gemv(backend, linear)
+        check_gemv(backend, linear._replace(x=unaligned(linear.x), packed=unaligned(linear.packed)))
+
+
+def test_gemv_with_nan_and_infinity(backend):
+    linear = random_linear(4, 1, 3, 300, 8)
+    linear.x[0, 7], linear.x[1, 299] = torch.nan, torch.inf
+    codes = packed_ops.unpack(linear.packed, 4, (8, 300))
+    y = backend("packed_gemv")(*linear)
+    assert y[0].isnan().all() and y[2].isfinite().all()
+    at_infinity = codes[0, :, 299].float()
+    assert torch.equal(y[1].isnan(), at_infinity == 0)
+    assert torch.equal(y[1][at_infinity != 0], torch.inf * at_infinity[at_infinity != 0].sign())
+
+
+def test_a_row_does_not_depend_on_its_neighbors():
+    """In C++/CUDA; Triton may sum in another order for another number of rows."""
+    linear = random_linear(7, 2, 9, 1000, 300, torch.bfloat16, shared=True)
+    together = torch.ops.qkernels.packed_gemv.default(*linear).view(2, 9, 300)
+    if next(r.backend for r in backends.report() if (r.op, r.device) == ("packed_gemv", "cuda")) != "cuda":
+        pytest.skip("C++/CUDA does not serve packed_gemv here")
+    for n in range(9):
+        alone = torch.ops.qkernels.packed_gemv.default(*linear._replace(x=linear.x[n : n + 1]))
+        assert torch.equal(alone, together[:, n])
+
+
+# packed_conv2d, packed_conv2d_int8: Triton's
+
+
+class Convolution(NamedTuple):
+    """What both convolutions take, x apart, and the shape of their result."""
+
+    images: int
+    in_shape: tuple[int, int, int]
+    members: int
+    out_channels: int
+    bits: int
+    geometry: Geometry
+    shared: bool = False
+    activation: str = "none"
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        return (self.images * (1 if self.shared else self.members), *self.in_shape)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (self.images * self.members, self.out_channels, *self.geometry.output_size(*self.in_shape[1:]))
+
+    @property
+    def depth(self) -> int:
+        _, h, w, channels = self.geometry.weight_shape(self.out_channels, self.in_shape[0])
+        return h * w * channels
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """packed, scale, bias"""
+        nbytes = packed_ops.packed_nbytes(self.out_channels * self.depth, self.bits)
+        shape = (self.members, self.out_channels)
+        scale = torch.rand(shape, device="cuda") / (2**self.bits * self.depth**0.5)
+        return random_codes((self.members, nbytes), torch.uint8), scale, torch.randn(shape, device="cuda")
+
+
+RESNET = [  # (in_shape, out_channels, geometry) of ResNet-50 at 224 x 224, and a depthwise and a grouped one
+    ((3, 224, 224), 64, Geometry((7, 7), (2, 2), (3, 3, 3, 3))),
+    ((64, 56, 56), 64, Geometry((3, 3), (1, 1), (1, 1, 1, 1))),
+    ((64, 56, 56), 256, Geometry()),
+    ((256, 56, 56), 512, Geometry((1, 1), (2, 2))),
+    ((128, 56, 56), 128, Geometry((3, 3), (2, 2), (1, 1, 1, 1))),
+    ((512, 7, 7), 512, Geometry((3, 3), (1, 1), (1, 1, 1, 1))),
+    ((2048, 7, 7), 512, Geometry()),
+    ((2048, 1, 1), 7, Geometry()),
+    ((144, 28, 28), 144, Geometry((5, 5), (2, 2), (1, 1, 2, 2), groups=144)),
+    ((96, 14, 14), 120, Geometry((3, 3), (1, 1), (2, 2, 2, 2), (2, 2), groups=3)),
+]
+OTHERS = [  # odd channels, sizes, strides and padding
+    ((5, 9, 1), 3, Geometry((3, 1), (2, 1), (0, 0, 1, 0))),
+    ((33, 17, 19), 65, Geometry((2, 5), (1, 2), (1, 3, 0, 1), (1, 2))),
+    ((1, 1, 1), 1, Geometry()),
+    ((7, 30, 31), 14, Geometry((3, 3), (1, 1), (1, 1, 1, 1), groups=7)),
+]
+
+
+def convolutions():
+    choose = random.Random(1)
+    for i, (in_shape, out_channels, geometry) in enumerate(RESNET + OTHERS):
+        bits, members = 2 + i % 7, choose.choice([1, 2, 5])
+        shared, activation = choose.random() < 0.5, choose.choice(ACTIVATIONS)
+        yield Convolution(choose.choice([1, 4]), in_shape, members, out_channels, bits, geometry, shared, activation)
+
+
+def exactly(function, *args: Any) -> Tensor:
+    """The reference on the GPU without cuDNN, whose fast convolutions do not add integers in float64 exactly."""
+    with torch.backends.cudnn.flags(enabled=False):
+        return function(*args)
+
+
+@pytest.mark.parametrize("c", list(convolutions()), ids=lambda c: f"{c.in_shape}-{c.out_channels}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_conv2d(c, dtype):
+    needs_triton_convolutions()
+    packed, scale, bias = c.weights()
+    x, residual = (torch.randn(shape, device="cuda").to(dtype) for shape in (c.x_shape, c.out_shape))
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        arguments = (packed, scale, bias, residual.contiguous(memory_format=memory_format), c.bits)
+        rest = (*c.geometry.arguments, c.shared, c.activation)
+        y = in_triton("packed_conv2d")(x.contiguous(memory_format=memory_format), *arguments, *rest)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        wide = (packed, scale, bias, residual.double(), c.bits)
+        assert_near(y, exactly(reference.packed_conv2d, x.double(), *wide, *rest))
+
+
+def int8_arguments(c: Convolution, x_dtype, residual_dtype, out_dtype) -> tuple[Any, ...]:
+    """Arguments of packed_conv2d_int8 whose results spread over the codes."""
+    packed, scale, bias = c.weights()
+    x_scale, residual_scale, out_scale = torch.rand(3, c.members, device="cuda") * 0.05 + 0.01
+    if residual_dtype in (torch.int8, torch.uint8):
+        residual = random_codes(c.out_shape, residual_dtype)
+    else:
+        residual = None if residual_dtype is None else torch.randn(c.out_shape, device="cuda").to(residual_dtype)
+        residual_scale = None
+    if out_dtype not in (torch.int8, torch.uint8):
+        out_scale = None
+    low, high = (-128, 127) if out_dtype == torch.int8 else (0, 255)
+    tensors = (random_codes(c.x_shape, x_dtype), x_scale, packed, scale, bias, residual, residual_scale, out_scale)
+    return (*tensors, c.bits, *c.geometry.arguments, c.shared, c.activation, low, high, out_dtype)
+
+
+@pytest.mark.parametrize("c", list(convolutions()), ids=lambda c: f"{c.in_shape}-{c.out_channels}")
+def test_packed_conv2d_int8(c):
+    """Bit for bit, SiLU within one code or a few roundings."""
+    needs_triton_convolutions()
+    for types in (
+        (torch.uint8, torch.uint8, torch.uint8),
+        (torch.int8, None, torch.int8),
+        (torch.uint8, torch.float32, torch.float32),
+        (torch.int8, torch.bfloat16, torch.bfloat16),
+    ):
+        arguments = int8_arguments(c, *types)
+        y = in_triton("packed_conv2d_int8")(*arguments)
+        expected = exactly(reference.packed_conv2d_int8, *arguments)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        if c.activation != "silu":
+            assert_equal(y, expected)
+        elif types[2].is_floating_point:
+            unit = 16 * 2**-24 + torch.finfo(types[2]).eps
+            assert ((y.double() - expected.double()).abs() <= unit * expected.double().abs() + 1e-6).all()
+        else:
+            difference = (y.int() - expected.int()).abs()
+            assert difference.max() <= 1 and difference.float().mean() < 1e-3
+
+
+# Races, streams, graphs, torch.compile: what only a GPU shows
+
+REPEATED = Convolution(2, (256, 14, 14), 5, 256, 7, Geometry((3, 3), (1, 1), (1, 1, 1, 1)), activation="relu")
+
+
+def repeated_calls():
+    """name -> a call of each op that adds something up, or that stages data in shared memory."""
+    packed, scale, bias = REPEATED.weights()
+    x = torch.randn(REPEATED.x_shape, device="cuda", dtype=torch.bfloat16)
+    rest = (None, 7, *REPEATED.geometry.arguments, False, "relu")
+    codes = int8_arguments(REPEATED, torch.uint8, torch.uint8, torch.uint8)
+    small = REPEATED._replace(images=1, in_shape=(512, 7, 7), out_channels=512)  # split over its depth
+    few = int8_arguments(small, torch.uint8, None, torch.float32)
+    linear = random_linear(7, 5, 8, 2048, 2048)
+    return {
+        "packed_conv2d": lambda: in_triton("packed_conv2d")(x, packed, scale, bias, *rest),
+        "packed_conv2d_int8": lambda: in_triton("packed_conv2d_int8")(*codes),
+        "packed_conv2d_int8, small": lambda: in_triton("packed_conv2d_int8")(*few),
+        "packed_gemv in Triton": lambda: in_triton("packed_gemv")(*linear),
+        "packed_gemv": lambda: torch.ops.qkernels.packed_gemv.default(*linear),
+    }
+
+
+def test_every_run_gives_the_same_bits():
+    needs_triton_convolutions()
+    for name, call in repeated_calls().items():
+        first = call().clone()
+        for _ in range(REPEATS):
+            assert torch.equal(call(), first), name
+
+
+def test_runs_on_the_current_stream():
+    needs_triton_convolutions()
+    linear = random_linear(7, 2, 4, 512, 512)
+    arguments = list(int8_arguments(REPEATED, torch.uint8, None, torch.uint8))
+    host_x, host_codes = torch.randn(linear.x.shape), arguments[0].cpu()
+    expected = [
+        torch.ops.qkernels.packed_gemv.default(*linear._replace(x=host_x.cuda())),
+        torch.ops.qkernels.packed_conv2d_int8.default(*arguments),
+        reference.quantize(host_x, torch.tensor(0.01), -128, 127, None),
+    ]
+    linear.x.zero_()
+    arguments[0] = torch.zeros_like(arguments[0])
+    scale = torch.tensor(0.01, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # a kernel on any other stream would read x before it is written
+        linear.x.copy_(host_x)
+        arguments[0].copy_(host_codes)
+        y = torch.ops.qkernels.packed_gemv.default(*linear)
+        z = torch.ops.qkernels.packed_conv2d_int8.default(*arguments)
+        codes = torch.ops.qkernels.quantize.default(linear.x, scale, -128, 127, None)
+        unpacked = packed_ops.unpack(packed_ops.pack(codes, 8), 8, codes.shape)
+    stream.synchronize()
+    for actual, want in zip((y, z, codes, unpacked), (*expected, expected[-1]), strict=True):
+        assert_equal(actual, want)
+
+
+def captured(function):
+    """function() in a CUDA graph: the graph and the tensor that a replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+def test_convolution_and_linear_in_a_cuda_graph():
+    needs_triton_convolutions()
+    arguments = int8_arguments(REPEATED, torch.uint8, torch.uint8, torch.uint8)
+    linear = random_linear(7, 5, 1, 2048, 1000, torch.bfloat16)
+    for x, call in (
+        (arguments[0], lambda: torch.ops.qkernels.packed_conv2d_int8.default(*arguments)),
+        (linear.x, lambda: torch.ops.qkernels.packed_gemv.default(*linear)),
+    ):
+        graph, result = captured(call)
+        for _ in range(3):
+            x.random_(0, 100)
+            graph.replay()
+            assert_equal(result, call())
+
+
+class Small(nn.Module):
+    """Convolutions, a residual and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.head = nn.Linear(32, 7)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.conv2(x) + x)
+        return self.head(self.conv3(x).mean((2, 3)))
+
+
+@pytest.fixture(params=["float", "integer"])
+def ensemble(request):
+    """A PackedEnsemble of three members on the GPU, and images for it."""
+    needs_triton_convolutions()
+    if not hasattr(qk, "PackedEnsemble"):
+        pytest.skip("no PackedEnsemble here")
+    models = []
+    for bits in (7, 7, 5):
+        model = Small().eval().cuda()
+        qk.quantize_(model, qk.QConfig(weight_bits=bits))
+        models.append(model)
+    x = torch.randn(4, 3, 40, 40, device="cuda")
+    packed = qk.PackedEnsemble.from_models(models)
+    if request.param == "integer":
+        packed.to_integer_([x])
+    with torch.no_grad():
+        expected = torch.stack([model(x) for model in models])
+    tolerance = 1e-4 if request.param == "float" else 0.1
+    assert (packed.member_logits(x) - expected).abs().max() <= tolerance * expected.abs().max()
+    return packed, x
+
+
+def test_ensemble_in_a_cuda_graph(ensemble):
+    packed, x = ensemble
+    graph, logits = captured(lambda: packed(x))
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert_equal(logits, packed(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ensemble_compiled(ensemble):
+    packed, x = ensemble
+    compiled = torch.compile(packed, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), packed(x), rtol=1e-3, atol=1e-3)
+        x.normal_()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ops_compiled():
+    needs_triton_convolutions()
+    c = Convolution(2, (32, 10, 10), 3, 16, 6, Geometry((3, 3), (1, 1), (1, 1, 1, 1)))
+    packed, scale, bias = c.weights()
+    head = random_linear(5, 3, 2, 16, 7)
+    x_scale = torch.full((3,), 0.02, device="cuda")
+
+    def network(x):
+        y = packed_ops.packed_conv2d(x, packed, scale, bias, c.bits, c.geometry, activation="relu6")
+        codes = packed_ops.quantize(y.unflatten(0, (3, 2)), x_scale, 0, 255, axis=0).flatten(0, 1)
+        z = packed_ops.packed_conv2d_int8(
+            codes, x_scale, head.packed, head.scale, head.bias, head.bits, Geometry(), activation="silu"
+        )
+        return packed_ops.packed_gemv(y.mean((2, 3)), *head[1:4], head.bits), z
+
+    compiled = torch.compile(network, fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(c.x_shape, device="cuda")
+        for actual, expected in zip(compiled(x), network(x), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
