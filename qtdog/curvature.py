@@ -6,6 +6,7 @@ so it has no second derivative to speak of.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,9 @@ class Curvature:
     products: int
 
 
-HEADER = list(Curvature.__annotations__)
+def plain_attention() -> AbstractContextManager[None]:
+    """Within, attention is computed by plain operations: the fused kernels cannot be differentiated twice."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def loss_terms(model: nn.Module, images: Sequence[EvaluationImages], device: torch.device) -> Iterator[Tensor]:
@@ -129,7 +132,7 @@ def measure(probe: Probe, config: CurvatureConfig, recall: Recall) -> list[Curva
     """Trace and top eigenvalue of one run: source and target."""
     losses = recall("losses", probe.losses)
     bar = tqdm(total=2 * (config.vectors + 1), desc=f"curvature {probe.label}", disable=None)
-    with bar, sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
+    with bar, plain_attention():
         return [measure_side(probe, side, losses[i], config, recall, bar) for i, side in enumerate(probe.sides)]
 
 
@@ -182,7 +185,7 @@ def measure_curvature(config: CurvatureConfig) -> Path:
     log = Log()
     measured = [c for probe in probes(config, log) for c in measure(probe, config, kept.of(probe.key))]
     log(as_text(measured))
-    write_text(table, csv_text(HEADER, [list(vars(c).values()) for c in measured]))
+    write_text(table, csv_text(list(Curvature.__annotations__), [list(vars(c).values()) for c in measured]))
     kept.forget()
     log(f"numbers: {table}")
     return table

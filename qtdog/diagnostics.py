@@ -10,7 +10,9 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qtdog.config import DiagnosticsConfig
 from qtdog.errors import UserError
@@ -21,6 +23,7 @@ from qtdog.runs import Log, ModelCard, find_runs, read_card, read_records
 from qtdog.tables import Cell
 
 FLOAT_BITS = 32
+LEGEND = 12  # lines of a panel that a legend can name
 
 Kind = tuple[str, str, int, int]  # data set, method, bits of a weight, of an input
 Rows = list[list[Any]]  # of one run: step, scale, the number that is plotted, and others
@@ -69,9 +72,9 @@ class History:
 
     def plot(self, rows: Mapping[Path, Rows], cards: Mapping[Path, ModelCard]) -> Figure:
         """A panel a run, a line a scale, its color by the layer's place in the network; those of inputs are dashed."""
-        figure = Figure(figsize=(6, 3 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(8, 3 * len(rows)), layout="constrained")
         panels = figure.subplots(len(rows), 1, squeeze=False).flat
-        colors = matplotlib.colormaps["viridis"]
+        colors, crowded = matplotlib.colormaps["viridis"], False
         for panel, (folder, own) in zip(panels, rows.items(), strict=True):
             scales = list(dict.fromkeys(scale for _, scale, *_ in own))
             layers = list(dict.fromkeys(scale.rpartition(".")[0] for scale in scales))
@@ -84,10 +87,12 @@ class History:
             panel.axhline(self.level(cards[folder]), color="red", linewidth=0.8)
             panel.set_title(f"{run_label(cards[folder])}, target {cards[folder].target}", fontsize="small")
             panel.set(xlabel="step", ylabel=self.label)
-            if len(scales) <= 12:
-                panel.legend(fontsize="x-small")
-        if any(len(panel.lines) > 13 for panel in figure.axes):
-            depth = matplotlib.cm.ScalarMappable(cmap=colors)
+            if len(scales) > LEGEND:
+                crowded = True
+            else:
+                panel.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+        if crowded:
+            depth = ScalarMappable(cmap=colors)
             figure.colorbar(depth, ax=figure.axes, label="layer, from the input (0) to the output (1)")
         return figure
 
@@ -106,7 +111,7 @@ def read_scales(folder: Path) -> Rows:
     first: dict[str, float] = {}
     rows = []
     for record in read_records(folder / "results.jsonl"):
-        for name, (mean, least, greatest) in record.get("scales", {}).items():
+        for name, mean, least, greatest in record.get("scales", []):
             rows.append([record["step"], name, mean / first.setdefault(name, mean), mean, least, greatest])
     return rows
 
@@ -215,6 +220,7 @@ def plot_accuracy(points: Sequence[Point]) -> Figure:
             by_bits.errorbar([p.weight_bits for p in own], y, error, color=color, marker="o", capsize=2, label=label)
         by_size.errorbar([p.size for p in own], y, error, color=color, marker="o", capsize=2, label=label)
     by_bits.set(xlabel="bits of a weight", ylabel="target accuracy, %")
+    by_bits.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_size.set(xlabel="size / size of the float model")
     by_bits.legend(fontsize="small")
     return figure

@@ -122,7 +122,7 @@ def measure_flatness(config: FlatnessConfig) -> tuple[Path, Path]:
         for curve in measured:
             log(
                 f"{curve.method}, {curve.side} ({curve.target} left out): loss {curve.loss:.4f}, "
-                f"+{curve.mean[-1]:.4f} at radius {curve.radii[-1]:g} (||w|| = {curve.weight_norm:.1f})"
+                f"{curve.mean[-1]:+.4f} at radius {curve.radii[-1]:g} (||w|| = {curve.weight_norm:.1f})"
             )
         curves += measured
     table = save_picture(picture, plot(curves), curves_csv(curves))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -139,14 +139,14 @@ def plot(surfaces: Sequence[Surface], axis: Sequence[float]) -> Figure:
     everything = np.ma.masked_invalid(torch.stack([s.losses for s in surfaces]).numpy())
     lowest = max(everything.min(), 1e-3)
     levels = np.geomspace(lowest, max(everything.max(), 1.1 * lowest), 16)
-    norm = LogNorm(levels[0], levels[-1])
+    colors = BoundaryNorm(levels, 256)
     for panel, values, s in zip(panels, everything, surfaces, strict=True):
-        panel.contourf(axis, axis, values.T, levels, norm=norm, cmap="viridis", extend="both")
-        lines = panel.contour(axis, axis, values.T, levels, norm=norm, colors="white", linewidths=0.5)
+        panel.contourf(axis, axis, values.T, levels, norm=colors, extend="both")
+        lines = panel.contour(axis, axis, values.T, levels, colors="white", linewidths=0.5)
         panel.clabel(lines, fmt="%.2g", fontsize="x-small")
         panel.plot(0, 0, marker="+", color="red")
         panel.set_title(f"{s.method}, {s.side} ({s.target} left out)", fontsize="small")
     figure.supxlabel("a (filter norms)", fontsize="small")
     figure.supylabel("b (filter norms)", fontsize="small")
-    figure.colorbar(ScalarMappable(norm, "viridis"), ax=figure.axes, label="loss", format="%.2g")
+    figure.colorbar(ScalarMappable(colors), ax=figure.axes, label="loss", format="%.3g", aspect=40)
     return figure

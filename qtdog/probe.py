@@ -94,7 +94,7 @@ def measured_images(card: ModelCard, dataset: DomainSet, config: MeasureConfig) 
 
 
 def plain_(model: nn.Module) -> nn.Module:
-    """In place, quantized weights become plain ones with the dequantized values; inputs stay quantized. Returns `model`.
+    """In place, quantized weights become plain ones of the same values; inputs stay quantized. Returns `model`.
 
     What comes out is the loss of the quantized model, as a function of float weights that may be moved freely and
     differentiated twice. To derivatives, rounding an input is the identity (the straight-through estimator).

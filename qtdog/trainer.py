@@ -83,10 +83,10 @@ def may_be_selected(run: RunConfig, step: int) -> bool:
     return run.quantization is None or step >= run.quantization.complete_from(run.steps)
 
 
-def scale_sizes(model: nn.Module) -> dict[str, list[float]]:
-    """Mean, least and greatest element of each learned scale, by name, as it is used: without its sign."""
-    sizes = {name: scale.detach().abs() for name, scale in qk.named_scales(model)}
-    return {name: [size.mean().item(), size.min().item(), size.max().item()] for name, size in sizes.items()}
+def scale_sizes(model: nn.Module) -> list[tuple[str, float, float, float]]:
+    """Name, mean, least and greatest element of each learned scale as it is used, without its sign; in model order."""
+    sizes = ((name, scale.detach().abs()) for name, scale in qk.named_scales(model))
+    return [(name, size.mean().item(), size.min().item(), size.max().item()) for name, size in sizes]
 
 
 @contextmanager

@@ -18,6 +18,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run by .ci/run or other tests.
 ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m qkernels", "unzip ", "torchrun ")
 SMALL = "--steps 4 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --num-workers 0 --device cpu"
+MEASURE = {
+    "flatness": "--radii 0 1 --directions 2 --max-images 2",
+    "landscape": "--grid 3 --max-images 2",
+    "curvature": "--vectors 2 --iterations 2 --max-images 1",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -95,6 +100,7 @@ def test_qtdog_commands_run(page, pictures, digits, tmp_path, monkeypatch, reque
             command += ["--data-dir", "digits"]
         if command[1] == "sweep":
             command += shlex.split(SMALL + " --switch-step 1 --n-trials 1 --members 2")
+        command += shlex.split(MEASURE.get(command[1], ""))
         monkeypatch.setattr(sys, "argv", command)
         assert main(command[1:]) in (0, None), command
 

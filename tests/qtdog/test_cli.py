@@ -15,7 +15,9 @@ from qtdog.errors import UserError
 from qtdog.leave_one_out import chosen
 from qtdog.runs import read_card
 
-COMMANDS = ["train", "sweep", "ensemble", "flatness", "collect", "data verify", "demo"]
+COMMANDS = [
+    "train", "sweep", "ensemble", "flatness", "landscape", "curvature", "diagnostics", "collect", "data verify", "demo",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

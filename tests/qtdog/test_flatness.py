@@ -11,6 +11,8 @@ from qtdog.cli import main
 from qtdog.config import FlatnessConfig
 from qtdog.data import load_dataset
 from qtdog.data.splits import split
+from qtdog.errors import UserError
+from qtdog.evaluation import mean_loss
 from qtdog.runs import load_model
 
 
@@ -75,7 +77,7 @@ def test_command_measures_the_dequantized_model(trained, digits_dir, tmp_path, c
         rows = list(csv.DictReader(lines))
     assert len(rows) == 2 * 2 * 2 and {row["side"] for row in rows} == {"source", "target"}
     assert all(float(row["increase"]) == 0 for row in rows if row["radius"] == "0.0")
-    mine = [row for row in rows if row["method"] == "QT-DoG seed 1" and row["side"] == "target"]
+    mine = [row for row in rows if row["method"] == "QT-DoG 7 bit trial 0 seed 1" and row["side"] == "target"]
 
     # the same by hand: bake the weights, walk along the directions, average
     dataset = load_dataset("RotatedMNIST", str(digits_dir), None)
@@ -98,10 +100,34 @@ def test_command_measures_the_dequantized_model(trained, digits_dir, tmp_path, c
 
 @pytest.mark.parametrize("wrong", [{"directions": 0}, {"radii": []}, {"radii": [-1.0]}, {"max_images": 0}])
 def test_settings_that_make_no_sense(trained, wrong):
-    with pytest.raises(flatness.UserError):
+    with pytest.raises(UserError):
         flatness.measure_flatness(FlatnessConfig([str(trained)], **wrong))
 
 
 def test_picture_of_unknown_kind(trained, capsys):
     assert main(["flatness", str(trained), "--output", "flat.txt"]) == 2
     assert "must end in .png" in capsys.readouterr().err
+
+
+def test_interrupted_and_continued_gives_the_same_numbers(trained, tmp_path, monkeypatch, capsys):
+    arguments = ["flatness", str(trained / "RotatedMNIST" / "qtdog"), "--radii", "0", "1", "--directions", "2",
+                 "--max-images", "2", "--device", "cpu", "--output"]  # fmt: skip
+    assert main([*arguments, str(tmp_path / "whole.svg")]) == 0
+    calls = []
+
+    def stops_at_the_sixth(*given):
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return mean_loss(*given)
+
+    monkeypatch.setattr("qtdog.probe.mean_loss", stops_at_the_sixth)
+    output = str(tmp_path / "flat.svg")
+    assert main([*arguments, output]) == 130
+    assert f"what is measured is kept, continue with: qtdog {' '.join([*arguments, output])}" in capsys.readouterr().err
+    assert main([*arguments, output]) == 0
+    # Of 12 evaluations, one was interrupted, and the other one of the same direction was lost with it.
+    assert len(calls) == 12 + 2
+    assert (tmp_path / "flat.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert (tmp_path / "flat.svg").read_text().startswith("<?xml")
+    assert {path.name for path in tmp_path.iterdir()} == {"flat.csv", "flat.svg", "whole.csv", "whole.svg"}
