@@ -164,7 +164,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int, signed: bool) -> Tensor:
     """The `count` codes of each packed tensor [..., bytes]: int8 or uint8 [..., count]."""
-    rows = packed.reshape(*packed.shape[:-1], -1, bits, 32)
+    rows = packed.reshape(*packed.shape[:-1], packed.shape[-1] // (32 * bits), bits, 32)
     codes = packed.new_zeros(*rows.shape[:-2], 8, 32)
     start = 0
     for width in _plane_widths(bits):
@@ -172,7 +172,7 @@ def unpack(packed: Tensor, bits: int, count: int, signed: bool) -> Tensor:
         part = (rows[..., None, start : start + width, :] >> shifts) & (2**width - 1)
         codes |= part.reshape(codes.shape) << start
         start += width
-    codes = codes.reshape(*packed.shape[:-1], -1)[..., :count]
+    codes = codes.flatten(-3)[..., :count]
     if not signed:
         return codes.contiguous()
     return (codes << (8 - bits)).view(torch.int8) >> (8 - bits)
