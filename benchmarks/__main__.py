@@ -1,20 +1,27 @@
-"""`python -m benchmarks`: measure every case, write results/<machine>.json, and write docs/performance.md from them."""
+"""Measure the kernels on this machine, and write benchmarks/results/<machine>.json and docs/performance.md.
+
+Without options: a quick set, on the GPU if there is one, on the CPU if not. Each case is measured in a process of its
+own, so that no case inherits another's heap; results of cases that are not run now stay as they are.
+"""
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
+import tempfile
+import time
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from .report import CASES, write_performance_page
+from . import machine, peers, roofline
+from .report import PAGE, RESULTS, write_performance_page
 
-RESULTS = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent
 KEEP = "8000000000"
 ALLOCATORS = {
     "default": {},
@@ -22,52 +29,125 @@ ALLOCATORS = {
 }
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+class Collected:
+    """A pytest plugin that remembers the benchmarks: name -> the ids of its parameters, and its markers."""
+
+    def __init__(self) -> None:
+        self.parameters: dict[str, list[str]] = {}
+        self.markers: dict[str, set[str]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            name, _, parameters = item.nodeid.partition("[")
+            self.parameters.setdefault(name, []).append(parameters.rstrip("]"))
+            self.markers[name] = {marker.name for marker in item.iter_markers()}
 
 
-def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "") if head.stdout else "unknown"
+def options(arguments: argparse.Namespace) -> list[str]:
+    """pytest's arguments for the benchmarks that are asked for."""
+    chosen = [f"--device={arguments.device}", f"--threads={arguments.threads}", f"--seconds={arguments.seconds}"]
+    chosen += ["--full"] * arguments.full + [f"--case={arguments.case}"]
+    return [*chosen, "--rootdir", str(FOLDER), "-c", str(FOLDER / "pytest.ini"), "-q", "--no-header", "-s"]
 
 
-def measure(case: str, threads: int, rounds: int, environment: dict[str, str]) -> dict[str, dict[str, float]]:
-    """A process of its own for each case, so that no case inherits another's heap."""
-    command = [sys.executable, "-m", "benchmarks.measure", case, str(threads), str(rounds)]
-    result = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+def collect(arguments: argparse.Namespace) -> Collected:
+    collected = Collected()
+    pytest.main([*options(arguments), "--collect-only", "-qqq", str(FOLDER)], plugins=[collected])
+    return collected
+
+
+def measure(name: str, allocator: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """Run one benchmark in a process of its own; returns what it measured, and whether nothing failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "measured.json"
+        command = [sys.executable, "-m", "pytest", *options(arguments), f"--benchmark-json={file}", "--benchmark-quiet"]
+        environment = os.environ | ALLOCATORS[allocator]
+        process = subprocess.run([*command, str(FOLDER / name)], env=environment, check=False, cwd=FOLDER.parent)
+        measured = json.loads(file.read_text())["benchmarks"] if file.exists() and file.stat().st_size else []
+    return [row["extra_info"] | {"allocator": allocator} for row in measured], process.returncode == 0
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="all parameters and peers; an hour or more")
+    parser.add_argument("--case", default="", metavar="PATTERN", help="only names that match this regular expression")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--gate", action="store_true", help="check ratios that must hold anywhere, write nothing")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
+    parser.add_argument("--seconds", type=float, help="of measuring, for each set of parameters (default: 1, full: 10)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further case after so many seconds")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write (default: %(default)s)")
+    arguments = parser.parse_args()
+    arguments.seconds = arguments.seconds or (10.0 if arguments.full else 1.0)
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds of each case, each with every contender once")
-    arguments = parser.parse_args()
-    cases: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    result = {
-        "machine": f"{cpu_name()}, {arguments.threads} threads",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "rounds": arguments.rounds,
-        "cases": cases,
+    start = time.monotonic()
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    collected = collect(arguments)
+    if arguments.list:
+        for name, parameters in collected.parameters.items():
+            print(name, *filter(None, parameters), sep="\n    ")
+        return
+    path = arguments.results / machine.file_name(machine.machine_name(arguments.device, arguments.threads))
+    results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    print("measuring the roofline", flush=True)
+    results |= {
+        "machine": machine.machine_name(arguments.device, arguments.threads),
+        "device": arguments.device,
+        "roofline": roofline.measure(arguments.device),
     }
-    for case in CASES:
-        cases[case] = {}
-        for allocator, environment in ALLOCATORS.items():
-            print(f"{case}, allocator {allocator}", flush=True)
-            cases[case][allocator] = measure(case, arguments.threads, arguments.rounds, environment)
-            for contender, row in cases[case][allocator].items():
-                print(f"  {contender:20} {row['milliseconds']:9.2f} ms  {row['ratio']:6.2f}", flush=True)
-    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", str(result["machine"]).lower()).strip("-") + ".json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path} and {write_performance_page(RESULTS)}")
+    todo = [
+        (name, allocator)
+        for name in collected.parameters
+        for allocator in (ALLOCATORS if both_allocators(collected.markers[name], arguments) else ["default"])
+    ]
+    failed = []
+    for number, (name, allocator) in enumerate(todo, 1):
+        seconds = time.monotonic() - start
+        if arguments.limit and seconds > arguments.limit:
+            sys.exit(f"stopped after {seconds:.0f} s, before {name}")
+        print(f"[{number}/{len(todo)}, {seconds:.0f} s] {name}, allocator {allocator}", flush=True)
+        rows, fine = measure(name, allocator, arguments)
+        if not fine:
+            failed.append(f"{name}, allocator {allocator}")
+        if rows:
+            merge(results["cases"], rows, arguments.full)
+            write(path, results)
+    print(f"wrote {path} and {PAGE} in {time.monotonic() - start:.0f} s")
+    if failed:
+        sys.exit("FAILED: " + "; ".join(failed))
+
+
+def both_allocators(markers: set[str], arguments: argparse.Namespace) -> bool:
+    return arguments.device == "cpu" and "both_allocators" in markers
+
+
+def merge(cases: dict[str, Any], rows: list[dict[str, Any]], full: bool) -> None:
+    """Put newly measured rows in the place of older ones with the same parameters and allocator."""
+    now = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": machine.commit(),
+        "set": "full" if full else "quick",
+        "versions": peers.versions(),
+    }
+    for row in rows:
+        case = cases.setdefault(row.pop("case"), {"rows": []})
+        case["text"] = row.pop("text")
+        key = (row["parameters"], row["allocator"])
+        case["rows"] = [r for r in case["rows"] if (r["parameters"], r["allocator"]) != key] + [row | now]
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    if path.parent == RESULTS:
+        write_performance_page()
 
 
 if __name__ == "__main__":

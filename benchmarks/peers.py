@@ -1,33 +1,238 @@
-"""The other ways to fake-quantize a weight per channel with a learned scale, each as (weight, scale) -> weight."""
+"""The other ways to do the same: of fake-quantizing a tensor, of training a quantized model, of asking five models."""
+
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-QMIN, QMAX = -64, 63
+import qkernels as qk
+from qkernels.quantizers import code_range
+
+from .machine import version_of
+
 torch._dynamo.config.recompile_limit = 64  # the compiled peer gets its best: one kernel for each shape
+torch._functorch.config.donated_buffer = False  # a backward that gives its buffers away cannot run twice
+
+PACKAGES = ("torch", "triton", "timm", "torchao", "brevitas")
 
 
-def _grad_factor(weight: Tensor) -> float:
-    return (weight.numel() * QMAX) ** -0.5
+def versions() -> dict[str, str]:
+    """Of everything that is measured; "not installed" where it is not."""
+    return {package: version_of(package) or "not installed" for package in PACKAGES}
 
 
-def eager_lsq(weight: Tensor, scale: Tensor) -> Tensor:
+def require(package: str) -> None:
+    """Raises: ModuleNotFoundError, saying "not installed", where `package` is not there."""
+    if version_of(package) is None:
+        raise ModuleNotFoundError("not installed")
+
+
+# Fake-quantization: (x, float32 scale [C] or [1], qmin, qmax, axis, gradient factor) -> y --------------------------
+
+Quantize = Callable[[Tensor, Tensor, int, int, int | None, float], Tensor]
+
+
+def eager_lsq(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, factor: float) -> Tensor:
     """LSQ composed of PyTorch ops, as research code writes it."""
-    g = _grad_factor(weight)
-    s = (scale * g + (scale - scale * g).detach()).view(-1, *[1] * (weight.dim() - 1))
-    v = (weight / s).clamp(QMIN, QMAX)
-    return (v + (v.round() - v).detach()) * s
+    s = scale * factor + (scale - scale * factor).detach()
+    if axis is not None:
+        s = s.view([-1 if d == axis else 1 for d in range(x.dim())])
+    v = (x / s).clamp(qmin, qmax)
+    return ((v + (v.round() - v).detach()) * s).to(x.dtype)
 
 
-def native(weight: Tensor, scale: Tensor) -> Tensor:
+def native(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, factor: float) -> Tensor:
     """PyTorch's own op, the one that its learnable fake-quantize module calls."""
     zero_point = torch.zeros_like(scale)
-    return torch._fake_quantize_learnable_per_channel_affine(
-        weight, scale, zero_point, 0, QMIN, QMAX, _grad_factor(weight)
-    )
+    if axis is None:
+        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, qmin, qmax, factor)
+    return torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, qmin, qmax, factor)
 
 
 compiled_lsq = torch.compile(eager_lsq, fullgraph=True, dynamic=False)
 """The eager composition under torch.compile: what fusing can gain without a kernel of one's own."""
 
-PEERS = {"eager LSQ": eager_lsq, "native op": native, "compiled LSQ": compiled_lsq}
+FAKE_QUANTIZE: dict[str, Quantize] = {"eager LSQ": eager_lsq, "native op": native, "compiled LSQ": compiled_lsq}
+
+
+# Training: a float model and the bits of weights and inputs -> the same model, quantized ----------------------------
+
+Convert = Callable[[nn.Module, int, int | None], nn.Module]
+
+
+class _Quantized:
+    """What a convolution or linear layer does with a peer's function: its weight and its input go through it."""
+
+    function: Quantize
+    weight: Tensor
+    weight_scale: Tensor
+    weight_bits: int
+    act_bits: int | None
+    act_range: tuple[int, int] | None = None
+    act_scale: Tensor
+
+    def quantized_weight(self) -> Tensor:
+        qmin, qmax = code_range(self.weight_bits)
+        factor = (self.weight.numel() * qmax) ** -0.5
+        return self.function(self.weight, self.weight_scale, qmin, qmax, 0, factor)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        if self.act_bits is None:
+            return x
+        if self.act_range is None:  # the first batch decides, as it does for qkernels
+            self.act_range = code_range(self.act_bits, bool((x < 0).any()))
+            self.act_scale.data.fill_(qk.init_scale(x.detach(), self.act_range[1]))
+        factor = (x[0].numel() * self.act_range[1]) ** -0.5
+        return self.function(x, self.act_scale, *self.act_range, None, factor)
+
+
+class _PeerConv2d(_Quantized, nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class _PeerLinear(_Quantized, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+_PEER_LAYERS = {nn.Conv2d: _PeerConv2d, nn.Linear: _PeerLinear}
+
+
+def inner_layers(model: nn.Module) -> list[nn.Module]:
+    """All convolutions and linear layers but the classifier: those that `quantize_` quantizes by default."""
+    return [m for m in model.modules() if type(m) in _PEER_LAYERS][:-1]
+
+
+def with_function(function: Quantize) -> Convert:
+    """Layers that call `function`."""
+
+    def convert(model: nn.Module, weight_bits: int, act_bits: int | None) -> nn.Module:
+        for layer in inner_layers(model):
+            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            layer.__class__ = _PEER_LAYERS[type(layer)]  # type: ignore[assignment]
+            vars(layer).update(function=function, weight_bits=weight_bits, act_bits=act_bits)
+            layer.register_parameter(
+                "weight_scale", nn.Parameter(qk.init_scale(layer.weight, code_range(weight_bits)[1], 0))
+            )
+            if act_bits is not None:
+                layer.register_parameter("act_scale", nn.Parameter(torch.ones(1, device=layer.weight.device)))
+        return model
+
+    return convert
+
+
+def torchao(model: nn.Module, weight_bits: int, act_bits: int | None) -> nn.Module:
+    """torchao's QAT with learned ranges.
+
+    Raises:
+        NotImplementedError: for networks with convolutions, which it leaves float.
+    """
+    require("torchao")
+    layers = inner_layers(model)
+    if sum(isinstance(m, nn.Conv2d) for m in layers) > 1:
+        raise NotImplementedError("fake-quantizes linear layers alone, and leaves convolutions float")
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    from torchao.quantization.quant_primitives import TorchAODType
+
+    def config(bits: int, granularity: str) -> IntxFakeQuantizeConfig:
+        dtype = torch.int8 if bits == 8 else getattr(TorchAODType, f"INT{bits}")
+        return IntxFakeQuantizeConfig(dtype, granularity)
+
+    quantize_(
+        model,
+        QATConfig(
+            weight_config=config(weight_bits, "per_channel"),
+            activation_config=None if act_bits is None else config(act_bits, "per_token"),
+            step="prepare",
+        ),
+        lambda module, name: any(module is layer for layer in layers),
+    )
+    return model
+
+
+def brevitas(model: nn.Module, weight_bits: int, act_bits: int | None) -> nn.Module:
+    """brevitas' layers, with learned scales that start from statistics of their own."""
+    require("brevitas")
+    from brevitas.inject.enum import ScalingImplType
+    from brevitas.nn import QuantConv2d, QuantLinear
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+
+    owners = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
+    for layer in inner_layers(model):
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        options = {
+            "bias": layer.bias is not None,
+            "weight_quant": Int8WeightPerChannelFloat,
+            "weight_bit_width": weight_bits,
+            "weight_scaling_impl_type": ScalingImplType.PARAMETER_FROM_STATS,
+            "device": layer.weight.device,
+        }
+        if act_bits is not None:
+            options |= {"input_quant": Int8ActPerTensorFloat, "input_bit_width": act_bits}
+        if isinstance(layer, nn.Conv2d):
+            names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+            new = QuantConv2d(*(getattr(layer, name) for name in names), **options)
+        else:
+            new = QuantLinear(layer.in_features, layer.out_features, **options)
+        new.weight = layer.weight
+        new.bias = layer.bias
+        parent, name = owners[layer]
+        setattr(parent, name, new)
+    return model
+
+
+TRAINING: dict[str, Convert] = {
+    **{name: with_function(function) for name, function in FAKE_QUANTIZE.items()},
+    "torchao": torchao,
+    "brevitas": brevitas,
+}
+
+
+# Ensembles: members -> images [N, 3, H, W] to the mean of their logits [N, classes] ----------------------------------
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def in_turn(members: Sequence[Callable[[Tensor], Tensor]]) -> Forward:
+    """One member after another."""
+    return lambda x: torch.stack([member(x) for member in members]).mean(0)
+
+
+def vmapped(members: Sequence[nn.Module]) -> Forward:
+    """PyTorch's own way to run models of one architecture together: their weights stacked, the forward vmapped."""
+    parameters, buffers = torch.func.stack_module_state(list(members))  # type: ignore[arg-type]
+    skeleton = members[0]
+
+    def one(p: dict[str, Tensor], b: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(skeleton, (p, b), (x,))
+
+    return lambda x: torch.vmap(one, (0, 0, None))(parameters, buffers, x).mean(0)
+
+
+def compiled_members(members: Sequence[nn.Module]) -> Forward:
+    return in_turn([torch.compile(member) for member in members])
+
+
+def max_autotuned(model: nn.Module) -> Forward:
+    """One model under torch.compile at its best, which captures CUDA graphs by itself."""
+    return torch.compile(model, mode="max-autotune")
+
+
+def on_streams(members: Sequence[nn.Module]) -> Forward:
+    """Each member on a stream of its own."""
+    streams = [torch.cuda.Stream() for _ in members]
+
+    def forward(x: Tensor) -> Tensor:
+        current, logits = torch.cuda.current_stream(), []
+        for member, stream in zip(members, streams, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                logits.append(member(x))
+        for stream in streams:
+            current.wait_stream(stream)
+        return torch.stack(logits).mean(0)
+
+    return forward

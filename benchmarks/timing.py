@@ -1,34 +1,62 @@
-"""Timing contenders side by side: each round runs every one of them once, so that a slow moment hits all alike."""
+"""Timing contenders side by side: each round runs every one of them once, so that a slow moment hits all alike.
+
+On a CPU by the wall clock. On a GPU by events, around the replay of a CUDA graph where the contender can be captured:
+then the time is that of its kernels, without Python's launches.
+"""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every contender in every round."""
-    for _ in range(warmup):
-        for run in contenders.values():
+def seconds_of(run: Run, device: str) -> float:
+    """Seconds that one call takes."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def captured(run: Run) -> Run:
+    """`run` as the replay of a CUDA graph.
+
+    Raises:
+        RuntimeError: if it waits for the GPU, as an `.item()` does, and cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
-def summary(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Per contender: median milliseconds; median and quartiles of its time over that of `base` in the same round."""
-    result = {}
-    for name, times in seconds.items():
-        ratios = [t / o for t, o in zip(times, seconds[base], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        result[name] = {
-            "milliseconds": statistics.median(times) * 1e3,
-            "ratio": middle,
-            "low": low,
-            "high": high,
+def quartiles(values: list[float]) -> list[float]:
+    """The first, second (median) and third quartile of at least two values."""
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def summary(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, Any]]:
+    """Per contender the quartiles of its milliseconds, and of its time over that of `base` in the same round."""
+    return {
+        name: {
+            "milliseconds": quartiles([t * 1e3 for t in times]),
+            "ratio": quartiles([t / o for t, o in zip(times, seconds[base], strict=True)]),
         }
-    return result
+        for name, times in seconds.items()
+    }

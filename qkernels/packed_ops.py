@@ -17,6 +17,7 @@ Activation = Literal["none", "relu", "relu6", "silu"]
 
 CHUNK_CODES = 32
 BLOCK_CODES = 256
+MOST_TERMS = 2**31 // (255 * 128)  # of a sum of products of codes that surely fits int32
 
 _GEOMETRY = (
     "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_top, int pad_left, int pad_bottom, "
@@ -406,6 +407,9 @@ def _check_packed_conv2d_int8(
     if x.dtype not in integers:
         raise TypeError(f"{op}: x must be int8 or uint8 codes, got {x.dtype}; see qkernels.packed_ops.quantize")
     shape = _check_conv(op, x, packed, scale, bias, residual, bits, geometry, shared, activation)
+    terms = geometry.kernel[0] * geometry.kernel[1] * x.shape[1] // geometry.groups
+    if terms > MOST_TERMS:
+        raise ValueError(f"{op}: a sum of {terms} products may exceed int32, {MOST_TERMS} cannot; use packed_conv2d")
     members = scale.shape[0]
     if (residual is not None and residual.dtype in integers) != (residual_scale is not None):
         raise ValueError(f"{op}: residual_scale goes with an int8 or uint8 residual, and only with one")

@@ -160,6 +160,16 @@ def test_max_pool_of_codes(dtype, kernel, stride, padding):
     assert torch.equal(pooled.float(), pool(codes.float()))
 
 
+def test_sums_that_may_overflow_are_refused():
+    layer = qk.PackedLinear.from_layers([qk.QLinear(65_794, 2)])
+    layer.quantize_input_(torch.ones(1), (0, 255))
+    with pytest.raises(ValueError, match="may exceed int32"):
+        layer(torch.ones(1, 65_794))
+    layer = qk.PackedLinear.from_layers([qk.QLinear(65_793, 2)])
+    layer.quantize_input_(torch.ones(1), (0, 255))
+    layer(torch.ones(1, 65_793))
+
+
 def test_bad_input_is_named(batches):
     ensemble = ensemble_of()
     with pytest.raises(ValueError, match="'entropy'"):
