@@ -2,13 +2,13 @@
 
 import copy
 import math
-import socket
 
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
+from two_processes import in_two_processes
 
 import qkernels as qk
 from qkernels.convert import quantized_layers, scales
@@ -200,22 +200,17 @@ def test_timm_models(name):
     model.eval()(torch.randn(2, 3, 32, 32))
 
 
-def worker(rank, port, path):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank, path):
     model = net()
     qk.quantize_(model, W4A4)
     x = torch.cat([batch().abs(), batch(6)])  # only the second process sees negative numbers
     parallel = nn.parallel.DistributedDataParallel(model)
     parallel(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
     torch.save({"state": model.state_dict(), "grads": [p.grad for p in model.parameters()]}, path / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_start_as_one_would_on_the_whole_batch(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, tmp_path), nprocs=2)
+    in_two_processes(worker, tmp_path)
     model = net()
     qk.quantize_(model, W4A4)
     model(torch.cat([batch().abs(), batch(6)])).square().mean().backward()

@@ -3,11 +3,11 @@
 import copy
 import csv
 import io
-import socket
 
 import pytest
 import torch
 from torch import nn
+from two_processes import in_two_processes
 
 import qkernels as qk
 from qtdog.models import MNIST_CNN
@@ -312,8 +312,7 @@ def halves():
     return torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
 
 
-def worker(rank, port, path):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank, path):
     for name in ("sam", "sagm", "gaqat"):
         model = small()
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -324,14 +323,10 @@ def worker(rank, port, path):
             gradients.append([p.grad.clone() for p in model.parameters()])
         stored = {"model": model.state_dict(), "first": gradients[0], "rule": step.state_dict()}
         torch.save(stored, path / f"{name}{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_each_process_moves_along_its_own_gradient_and_all_agree(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, tmp_path), nprocs=2)
+    in_two_processes(worker, tmp_path)
     for name in ("sam", "sagm", "gaqat"):
         one, two = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1))
         assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])

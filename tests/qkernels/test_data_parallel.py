@@ -1,10 +1,8 @@
 """DistributedDataParallel over two gloo processes takes the step that one process takes on the whole batch."""
 
-import os
-import socket
-
 import torch
 from torch import nn
+from two_processes import in_two_processes
 
 import qkernels as qk
 
@@ -26,21 +24,14 @@ def step(model, x):
     optimizer.step()
 
 
-def worker(rank, port, path):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank, path):
     model = net()
     step(nn.parallel.DistributedDataParallel(model), batch()[rank * 4 : rank * 4 + 4])
     torch.save(model.state_dict(), path / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-    # Leaves without the interpreter's clean-up, in which PyTorch 2.15's gloo threads abort about once in 50 exits.
-    os._exit(0)
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, tmp_path), nprocs=2)
+    in_two_processes(worker, tmp_path)
     model = net()
     step(model, batch())
     expected = model.state_dict()
