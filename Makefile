@@ -25,8 +25,8 @@ lint: $(VENV)/installed  ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed  ## Measure on this machine; writes benchmarks/results and docs/performance.md
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/installed  ## Measure on this machine, in 5 minutes (ARGS=--full: everything); writes docs/performance.md
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info qkernels/*.so runs

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import qkernels as qk
 from qkernels.quantizers import code_range
 
+from .contest import Absent
 from .machine import version_of
 
 torch._dynamo.config.recompile_limit = 64  # the compiled peer gets its best: one kernel for each shape
@@ -23,9 +24,9 @@ def versions() -> dict[str, str]:
 
 
 def require(package: str) -> None:
-    """Raises: ModuleNotFoundError, saying "not installed", where `package` is not there."""
+    """Raises: Absent, where `package` is not installed."""
     if version_of(package) is None:
-        raise ModuleNotFoundError("not installed")
+        raise Absent("not installed")
 
 
 # Fake-quantization: (x, float32 scale [C] or [1], qmin, qmax, axis, gradient factor) -> y --------------------------
@@ -127,12 +128,12 @@ def torchao(model: nn.Module, weight_bits: int, act_bits: int | None) -> nn.Modu
     """torchao's QAT with learned ranges.
 
     Raises:
-        NotImplementedError: for networks with convolutions, which it leaves float.
+        Absent: for networks with convolutions, which it leaves float.
     """
     require("torchao")
     layers = inner_layers(model)
     if sum(isinstance(m, nn.Conv2d) for m in layers) > 1:
-        raise NotImplementedError("fake-quantizes linear layers alone, and leaves convolutions float")
+        raise Absent("fake-quantizes linear layers alone, and leaves convolutions float")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
     from torchao.quantization.quant_primitives import TorchAODType
@@ -148,7 +149,7 @@ def torchao(model: nn.Module, weight_bits: int, act_bits: int | None) -> nn.Modu
             activation_config=None if act_bits is None else config(act_bits, "per_token"),
             step="prepare",
         ),
-        lambda module, name: any(module is layer for layer in layers),
+        lambda module, name: isinstance(module, nn.Linear) and any(module is layer for layer in layers),
     )
     return model
 
@@ -217,8 +218,8 @@ def compiled_members(members: Sequence[nn.Module]) -> Forward:
 
 
 def max_autotuned(model: nn.Module) -> Forward:
-    """One model under torch.compile at its best, which captures CUDA graphs by itself."""
-    return torch.compile(model, mode="max-autotune")
+    """One model under torch.compile at its best; like everybody else it is captured in a CUDA graph by the contest."""
+    return torch.compile(model, mode="max-autotune-no-cudagraphs")
 
 
 def on_streams(members: Sequence[nn.Module]) -> Forward:

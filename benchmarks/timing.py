@@ -37,8 +37,13 @@ def captured(run: Run) -> Run:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        run()
+        # A capture that fails halfway leaves the allocator unusable, so what waits must show before.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

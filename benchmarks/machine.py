@@ -1,0 +1,53 @@
+"""What the measurements ran on."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine_name(device: str, threads: int) -> str:
+    """What a report calls this machine: the GPU, or the CPU with its threads."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {threads} threads"
+
+
+def file_name(machine: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json"
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last cache before memory; 64 MB where the system does not tell."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max([int(s.removesuffix("K")) * 1024 for s in sizes if s.endswith("K")], default=64 * 10**6)
+
+
+def commit() -> str:
+    """The commit of this checkout, and whether files differ from it; QTDOG_COMMIT where git cannot tell."""
+    if (told := os.environ.get("QTDOG_COMMIT")) or shutil.which("git") is None:
+        return told or "unknown"
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "") if head.stdout else "unknown"
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

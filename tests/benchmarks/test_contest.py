@@ -1,0 +1,85 @@
+"""Contenders: what is compared, what is left out and why, and what is measured."""
+
+import pytest
+import torch
+
+from benchmarks import gate
+from benchmarks.contest import Absent, Contest, difference
+from benchmarks.timing import summary
+
+
+@pytest.fixture
+def recorded():
+    return {}
+
+
+@pytest.fixture
+def contest(recorded):
+    def drive(one_round, rounds):
+        for _ in range(rounds):
+            one_round()
+
+    return Contest("cpu", seconds=0, drive=drive, record=recorded.update)
+
+
+def test_a_peer_that_cannot_take_part_is_listed_with_the_reason(contest, recorded):
+    def missing():
+        raise Absent("not installed")
+
+    def broken():
+        raise RuntimeError("no compiler\nlong trace")
+
+    right = torch.ones(3)
+    contest.ours("ours", lambda i: right, right)
+    contest.peer("missing", missing)
+    contest.peer("broken", broken)
+    contest.peer("wrong", lambda: lambda i: 2 * right, right)
+    contest.peer("fine", lambda: lambda i: right, right)
+    contest.slow_peer("slow", lambda: lambda i: right, right)
+    contest.measure("ours")
+    assert list(recorded["contenders"]) == ["ours", "fine"]
+    assert recorded["absent"]["missing"] == "not installed"
+    assert recorded["absent"]["broken"] == "RuntimeError: no compiler"
+    assert "100.00% of the elements are off" in recorded["absent"]["wrong"]
+    assert recorded["absent"]["slow"] == "slow: only with --full"
+    assert recorded["rounds"] == 5 and recorded["contenders"]["ours"]["ratio"] == [1, 1, 1]
+
+
+def test_ours_must_be_right(contest):
+    with pytest.raises(AssertionError, match="off, by up to 1 of the largest"):
+        contest.ours("ours", lambda i: torch.zeros(3), torch.ones(3))
+
+
+def test_difference():
+    right = torch.zeros(10_000)
+    right[0] = 1
+    few = right.clone()
+    few[5:10] = 0.5
+    assert difference(few, right, 1e-4) is None
+    few[5:50] = 0.5
+    assert "0.45% of the elements" in difference(few, right, 1e-4)
+    assert "nan" in difference(right * torch.nan, right, 1e-4)
+    assert "shape" in difference(right[:5], right, 1e-4)
+
+
+def test_inputs_change_and_exceed_the_caches(contest, monkeypatch):
+    monkeypatch.setattr("benchmarks.contest.cache_bytes", lambda device: 1000)
+    sets = contest.rotate(lambda: torch.randn(100))
+    assert len(sets) == contest.sets == 5
+    seen = []
+    contest.ours("ours", lambda i: seen.append(i) or sets[i])
+    contest.measure("ours")
+    assert seen[-5:] == [0, 1, 2, 3, 4]
+
+
+def test_ratios_are_those_of_a_round():
+    found = summary({"ours": [1.0, 10.0, 1.0], "peer": [2.0, 20.0, 2.0]}, "ours")
+    assert found["peer"]["ratio"] == [2, 2, 2]
+    assert found["peer"]["milliseconds"][1] == 2000
+
+
+@pytest.mark.parametrize("name", gate.GATES)
+def test_gates_run(name, monkeypatch):
+    monkeypatch.setattr(gate, "ROUNDS", 2)
+    make, _ = gate.GATES[name]
+    assert gate.ratio(make()) > 0

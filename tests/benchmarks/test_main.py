@@ -1,0 +1,61 @@
+"""`python -m benchmarks`, end to end on its smallest case."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import roofline
+
+ROOT = Path(__file__).parents[2]
+UNPACK = "bench_packing.py::bench_unpack"
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", "--threads", "1", *arguments])
+        command.main()
+        return capfd.readouterr().out
+
+    monkeypatch.setitem(roofline.ORDER, "cpu", 128)
+    return run
+
+
+def test_list():
+    listed = {}
+    for chosen in ("quick", "full"):
+        arguments = [sys.executable, "-m", "benchmarks", "--device", "cpu", "--list", *["--full"] * (chosen == "full")]
+        listed[chosen] = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "bench_packed_ensemble.py::bench_packed_ensemble\n    batch1\n    batch8\n" in listed["quick"]
+    assert len(listed["quick"].splitlines()) < len(listed["full"].splitlines())
+    assert "resnet50-224" not in listed["full"]  # the step for a GPU
+
+
+def test_smallest_case(run, tmp_path):
+    arguments = ("--case", "bench_unpack.*7-quick", "--seconds", "0.01", "--results", str(tmp_path))
+    assert "PyTorch ops" in run(*arguments)
+    (file,) = tmp_path.iterdir()
+    results = json.loads(file.read_text())
+    assert results["device"] == "cpu" and {"bandwidth", "float32", "int8"} <= set(results["roofline"])
+    assert results["cases"][UNPACK]["text"].startswith("unpack: ")
+    (row,) = results["cases"][UNPACK]["rows"]
+    assert set(row["contenders"]) == {"qkernels", "PyTorch ops"} and row["contenders"]["PyTorch ops"]["ratio"][1] > 0
+    assert row["absent"] == {"PyTorch ops, compiled": "slow: only with --full"}
+    assert row["commit"] and row["versions"]["torch"]
+
+
+def test_a_row_is_replaced_and_others_stay():
+    cases = {"other": {"text": "", "rows": []}}
+    for milliseconds in (1, 2):
+        row = {"case": "one", "text": "words", "parameters": "small", "allocator": "default", "ms": milliseconds}
+        command.merge(cases, [row], full=False)
+    assert set(cases) == {"other", "one"}
+    assert [row["ms"] for row in cases["one"]["rows"]] == [2]
+
+
+def test_every_file_is_run():
+    assert set(command.FILES) == {p.name for p in (ROOT / "benchmarks").glob("bench_*.py")}
