@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def both_allocators(markers: set[str], arguments: argparse.Namespace) -> bool:
-    return arguments.device == "cpu" and "both_allocators" in markers
+    return arguments.full and arguments.device == "cpu" and "both_allocators" in markers
 
 
 def merge(cases: dict[str, Any], rows: list[dict[str, Any]], full: bool) -> None:

@@ -185,17 +185,28 @@ def bench_all_weights(contest: Contest, network: str) -> None:
     contest.parameters = network
     contest.size = sum(w.numel() for w in weights)
 
-    def ours(_: int) -> tuple[Tensor, ...]:
+    def clear() -> None:
+        """As zero_grad does: until the next step the gradients stay, and with them the memory that malloc has."""
+        for t in (*weights, *scales):
+            t.grad = None
+
+    def gradients() -> list[Tensor | None]:
+        return [t.grad for t in (*weights, *scales)]
+
+    def ours(_: int) -> list[Tensor | None]:
+        clear()
         ys = qk.fake_quantize_multi(weights, scales, [qmin] * layers, [qmax] * layers, 0, factors)
-        return torch.autograd.grad(ys, [*weights, *scales], upstream)
+        torch.autograd.backward(ys, upstream)
+        return gradients()
 
     def layer_by_layer(quantize: peers.Quantize) -> Work:
-        def work(_: int) -> list[Tensor]:
-            grads = [
-                torch.autograd.grad(quantize(w, s, qmin, qmax, 0, f), (w, s), g)
-                for w, s, f, g in zip(weights, scales, factors, upstream, strict=True)
-            ]
-            return [g for g, _ in grads] + [g for _, g in grads]
+        def work(_: int) -> list[Tensor | None]:
+            clear()
+            ys = []  # a forward keeps them for its backward
+            for weight, scale, factor, grad in zip(weights, scales, factors, upstream, strict=True):
+                ys.append(quantize(weight, scale, qmin, qmax, 0, factor))
+                ys[-1].backward(grad)
+            return gradients()
 
         return work
 

@@ -14,6 +14,7 @@ from .timing import Run, captured, seconds_of, summary
 Work = Callable[[int], Any]  # on input set i; what it returns is compared with the reference
 MOST_SETS = 32
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 50
+PHASE_ROUNDS = 3
 ALLOWED_SHARE = 1e-3  # of elements that may differ: peers that multiply by 1/s put a few into a neighboring code
 
 
@@ -150,7 +151,7 @@ class Contest:
     def _phase_milliseconds(self, phases: dict[str, Run]) -> dict[str, float]:
         """The median time of each phase of a step, which are run in turn."""
         times: dict[str, list[float]] = {name: [] for name in phases}
-        for _ in range(min(self.rounds, 7)):
+        for _ in range(PHASE_ROUNDS):
             for name, run in phases.items():
                 times[name].append(seconds_of(run, self.device) * 1e3)
         return {name: sorted(t)[len(t) // 2] for name, t in times.items()}

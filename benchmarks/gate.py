@@ -69,7 +69,7 @@ def unpacking() -> Pair:
 
 
 GATES: dict[str, tuple[Callable[[], Pair], float]] = {  # least ratio of the peer's time to ours
-    "fake_quantize_multi against PyTorch's op": (weights, 3.0),
+    "fake_quantize_multi against PyTorch's op": (weights, 2.0),
     "packed int8 convolution against float": (integer_convolution, 1.5),
     "unpack against PyTorch ops": (unpacking, 5.0),
 }

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import plots
 from .costs import Cost, roofline_seconds
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,11 +20,11 @@ no large one is found in a cache. The roofline is measured on the same machine: 
 least traffic and arithmetic of our ops would take if the machine copied, or multiplied, as fast as it can. It can
 exceed 100 % where data stays in caches, or where a kernel runs faster than the matrix product that was measured.
 
-On a CPU some cases are measured twice: with the C library's allocator as it is, which is what a user gets, and with one
-told to keep freed memory (`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_`). The first gives temporaries back to
-the system and pays for their pages again, which costs a composition of many operations most; the second shows the
-arithmetic and the memory traffic alone. On a GPU times are those of replayed CUDA graphs, but for training steps and
-for what cannot be captured.
+On a CPU `--full` measures some cases twice: with the C library's allocator as it is, which is what a user gets, and
+with one told to keep freed memory (`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_`). The first gives temporaries
+back to the system and pays for their pages again, which costs a composition of many operations most; the second shows
+the arithmetic and the memory traffic alone. On a GPU times are those of replayed CUDA graphs, but for training steps
+and for what cannot be captured.
 """
 NEVER_ON_A_GPU = """
 **No CUDA or Triton kernel of this version has been measured on a GPU yet.** They are tested under Triton's interpreter
@@ -64,6 +63,8 @@ def write_performance_page(results: Path = RESULTS, docs: Path = DOCS) -> Path:
 
 
 def machine_part(machine: Row, docs: Path) -> Iterator[str]:
+    from . import plots  # a second for matplotlib, which the processes that measure need not spend
+
     yield f"\n## {machine['machine']}\n"
     yield f"Roofline: {roofline_text(machine['roofline'])}.\n"
     for name, title in plots.write(machine, docs / "performance"):
