@@ -11,7 +11,7 @@ import torch
 
 import qkernels
 from qkernels import backends
-from qkernels.packed_ops import packed_nbytes
+from qkernels.packed_ops import packed_bytes
 
 COLD_BYTES = 512 << 20  # several times the largest L2
 ROUNDS = 7
@@ -52,7 +52,7 @@ def copy_bandwidth() -> float:
 
 def gemv_bandwidth(op, bits, members, rows, size, dtype) -> tuple[float, float]:
     """Microseconds of a launch, bytes a second."""
-    nbytes = packed_nbytes(size * size, bits)
+    nbytes = packed_bytes(size * size, bits)
     copies = max(8, min(64, COLD_BYTES // (members * nbytes) + 1))
     packed = torch.empty(copies, members, nbytes, dtype=torch.uint8, device="cuda").random_()
     x = torch.randn(rows, size, device="cuda").to(dtype)

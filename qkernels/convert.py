@@ -414,6 +414,4 @@ def packed_nbytes(model: nn.Module) -> int:
     for _, layer in quantized_layers(model):
         if isinstance(layer.weight_quantizer, INQ):
             del tensors[id(layer.weight_frozen)]
-    return sum(
-        packed_ops.packed_nbytes(t.numel(), bits[key]) if key in bits else t.nbytes for key, t in tensors.items()
-    )
+    return sum(packed_ops.packed_bytes(t.numel(), bits[key]) if key in bits else t.nbytes for key, t in tensors.items())

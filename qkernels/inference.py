@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .convert import quantized_layers
 from .fusion import CannotStack, FusionReport, eval_mode, stack_members
@@ -209,8 +209,3 @@ def _check_packable(models: Sequence[nn.Module]) -> None:
         for name, layer in quantized_layers(model):
             if type(layer).__name__ not in ("QConv2d", "QLinear", "QConv2dSame"):
                 raise ValueError(f"PackedEnsemble: {name} is a {type(layer).__name__}, which has no packed form")
-
-
-def is_stacked(ensemble: PackedEnsemble) -> bool:
-    """Whether all members are in one graph."""
-    return isinstance(ensemble.program, fx.GraphModule)

@@ -8,8 +8,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
+from .atomic import replace_file
 from .fusion import FusionReport
 from .inference import MembersInTurn, PackedEnsemble
 from .packed_layers import PackedLayer
@@ -64,27 +63,17 @@ def save(ensemble: PackedEnsemble, folder: Path, info: dict[str, Any]) -> Path:
         raise FileExistsError(f"PackedEnsemble.save: {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "kind": FORMAT, "version": str(VERSION)}
-    _replace(folder / MODEL, lambda path: safetensors.torch.save_file(tensors, path, metadata))
+    replace_file(folder / MODEL, lambda path: safetensors.torch.save_file(tensors, path, metadata))
     config["checksums"] = {MODEL: _sha256(folder / MODEL), CONFIG: _config_sha256(config)}
-    _replace(folder / CARD, lambda path: path.write_text(model_card(ensemble, info)))
+    replace_file(folder / CARD, lambda path: path.write_text(model_card(ensemble, info)))
     # Last, since its checksum of the model makes the folder whole.
-    _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
+    replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
     return folder
 
 
 def packed_layers(program: nn.Module) -> dict[str, PackedLayer]:
     """Name -> layer of all packed layers."""
     return {name: layer for name, layer in program.named_modules() if isinstance(layer, PackedLayer)}
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename, so that an interruption leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -16,25 +16,21 @@ from torch.nn.modules.utils import _pair
 
 from .layers import QuantizedWeight
 from .packed_ops import (
+    ACTIVATIONS,
     Activation,
     Geometry,
+    codes_dtype,
     dequantize_packed,
     pack,
+    packed_bytes,
     packed_conv2d,
     packed_conv2d_int8,
-    packed_nbytes,
     quantize,
 )
 from .packing import weight_codes
 from .quantizers import positive_scale
 
 INTEGERS = (torch.int8, torch.uint8)
-ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
-
-
-def codes_dtype(code_range: tuple[int, int]) -> torch.dtype:
-    """int8 for ranges with negative codes, else uint8."""
-    return torch.int8 if code_range[0] < 0 else torch.uint8
 
 
 class Run(NamedTuple):
@@ -50,7 +46,7 @@ def runs_of(bits: Sequence[int], count: int) -> list[Run]:
     runs: list[Run] = []
     start = 0
     for member, b in enumerate(bits):
-        end = start + packed_nbytes(count, b)
+        end = start + packed_bytes(count, b)
         if runs and runs[-1].bits == b:
             last = runs.pop()
             runs.append(Run(slice(last.members.start, member + 1), b, slice(last.bytes.start, end)))
@@ -235,7 +231,7 @@ class PackedLayer(nn.Module):
                     code_range=self.output_range,
                     shared=shared,
                     activation=activation,
-                    out_dtype=self.float_dtype if out_scale is None else codes_dtype(self.output_range),
+                    out_dtype=self.float_dtype if out_scale is None else codes_dtype(self.output_range[0]),
                 )
             results.append(y)
         return results[0] if len(results) == 1 else torch.cat(results)

@@ -5,15 +5,23 @@ after another along the batch, [M * N, C, H, W], and gives the same; a linear la
 None of these ops is differentiable.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import KERNEL_DTYPES, _check_range, _library, _normalized, _ops
 
 Activation = Literal["none", "relu", "relu6", "silu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+}
 
 CHUNK_CODES = 32
 BLOCK_CODES = 256
@@ -56,9 +64,14 @@ for _name in SCHEMAS:
     torch.library.register_autograd(f"qkernels::{_name}", _not_differentiable, lib=_library)
 
 
-def packed_nbytes(count: int, bits: int) -> int:
+def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` packed codes of `bits` bits: 32 * bits for every 256 codes begun."""
     return -(-count // BLOCK_CODES) * CHUNK_CODES * bits
+
+
+def codes_dtype(qmin: int) -> torch.dtype:
+    """int8 for ranges with negative codes, else uint8."""
+    return torch.int8 if qmin < 0 else torch.uint8
 
 
 def _check_bits(op: str, bits: int) -> None:
@@ -70,9 +83,9 @@ def _check_packed(op: str, packed: Tensor, bits: int, count: int) -> None:
     _check_bits(op, bits)
     if packed.dtype != torch.uint8:
         raise TypeError(f"{op}: packed must be uint8, got {packed.dtype}")
-    if count < 0 or packed.dim() == 0 or packed.shape[-1] != packed_nbytes(count, bits):
+    if count < 0 or packed.dim() == 0 or packed.shape[-1] != packed_bytes(count, bits):
         raise ValueError(
-            f"{op}: {count} codes of {bits} bits take {packed_nbytes(max(count, 0), bits)} bytes, "
+            f"{op}: {count} codes of {bits} bits take {packed_bytes(max(count, 0), bits)} bytes, "
             f"got packed of shape {tuple(packed.shape)}"
         )
 
@@ -106,7 +119,7 @@ def _check_pack(codes: Tensor, bits: int) -> None:
 @torch.library.register_fake("qkernels::pack", lib=_library)
 def _pack_fake(codes, bits):
     _check_pack(codes, bits)
-    return codes.new_empty(packed_nbytes(codes.numel(), bits), dtype=torch.uint8)
+    return codes.new_empty(packed_bytes(codes.numel(), bits), dtype=torch.uint8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -117,7 +130,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         bits: 2..8.
 
     Returns:
-        uint8 [packed_nbytes(codes.numel(), bits)].
+        uint8 [packed_bytes(codes.numel(), bits)].
     """
     if not torch.compiler.is_compiling():
         _check_pack(codes, bits)
@@ -173,7 +186,7 @@ def _check_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | 
 @torch.library.register_fake("qkernels::quantize", lib=_library)
 def _quantize_fake(x, scale, qmin, qmax, axis):
     _check_quantize(x, scale, qmin, qmax, axis)
-    return torch.empty_like(x, dtype=torch.int8 if qmin < 0 else torch.uint8)
+    return torch.empty_like(x, dtype=codes_dtype(qmin))
 
 
 def quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
@@ -318,8 +331,8 @@ def _check_conv(
     _, kernel_h, kernel_w, depth = geometry.weight_shape(channels, x.shape[1])
     _check_packed(op, packed, bits, channels * kernel_h * kernel_w * depth)
     _check_members(op, scale=(scale, (members, channels)), bias=(bias, (members, channels)))
-    if activation not in get_args(Activation):
-        raise ValueError(f"{op}: activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     height, width = geometry.output_size(*x.shape[2:])
     if height < 1 or width < 1:
         raise ValueError(f"{op}: the kernel {geometry.kernel} is larger than the padded image {tuple(x.shape[2:])}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed_ops import Geometry
+from .packed_ops import ACTIVATIONS, Geometry, codes_dtype
 
 
 def _per_element(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -182,7 +182,7 @@ def quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -
     """The codes of `fake_quantize` as int8, or uint8 if qmin >= 0; NaN becomes 0 clamped into the range."""
     _, q, _, _ = _codes(x, scale, None, qmin, qmax, axis)
     code_of_nan = min(max(0, qmin), qmax)
-    return q.nan_to_num(code_of_nan).to(torch.int8 if qmin < 0 else torch.uint8)
+    return q.nan_to_num(code_of_nan).to(codes_dtype(qmin))
 
 
 def dequantize_packed(packed: Tensor, scale: Tensor, bits: int, count: int, out_dtype: torch.dtype) -> Tensor:
@@ -213,9 +213,6 @@ def _member_sums(x: Tensor, packed: Tensor, channels: int, bits: int, geometry: 
     )
 
 
-_ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
-
-
 def _epilogue(sums: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
     """activation(sums [M, N, C, H, W] * scale [M, C] + bias + residual): [M * N, C, H, W]."""
     y = sums * scale[:, None, :, None, None]
@@ -224,7 +221,7 @@ def _epilogue(sums: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor
     y = y.flatten(0, 1)
     if residual is not None:
         y = y + residual
-    return _ACTIVATIONS[activation](y)
+    return ACTIVATIONS[activation](y)
 
 
 def packed_conv2d(

@@ -12,8 +12,7 @@ Files are written beside themselves and then renamed, so that a kill leaves the 
 """
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import qkernels as qk
+from qkernels.atomic import replace_file
 from qtdog.config import RunConfig
 from qtdog.data import Preprocessing
 from qtdog.distributed import is_first
 from qtdog.errors import UserError
 from qtdog.models import build_model
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, then rename the temporary file to `path`. Of several processes only the first writes."""
-    if not is_first():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """What follows the sums of a packed convolution, on tiles of any shape and orientation.
 
-Every operation is rounded to float32 in the order of docs/numerics.md: launch with `enable_fp_fusion=False`.
+Every operation is rounded to float32 in the order of docs/format.md: launch with `enable_fp_fusion=False`.
 """
 
 import triton

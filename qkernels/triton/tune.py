@@ -5,7 +5,7 @@ import torch
 from timm import create_model
 from torch import nn
 
-from ..packed_ops import Geometry, packed_conv2d, packed_conv2d_int8, packed_nbytes
+from ..packed_ops import Geometry, packed_bytes, packed_conv2d, packed_conv2d_int8
 from . import tuning
 from .launch import capability_of
 
@@ -41,7 +41,7 @@ def main() -> None:
     tuning._tuned[device] = {}
     for shape, channels, geometry in sorted(set().union(*map(layers, MODELS)), key=str):
         codes = channels * geometry.kernel[0] * geometry.kernel[1] * shape[0]
-        packed = torch.randint(256, (MEMBERS, packed_nbytes(codes, BITS)), dtype=torch.uint8, device=device)
+        packed = torch.randint(256, (MEMBERS, packed_bytes(codes, BITS)), dtype=torch.uint8, device=device)
         scale = torch.ones(MEMBERS, channels, device=device)
         ones = scale[:, 0].contiguous()
         for batch in BATCHES:

@@ -28,7 +28,7 @@ def test_nothing_else_is_counted():
 
 def test_bytes_and_operations_of_a_convolution():
     x = torch.zeros(2, 8, 6, 6)
-    packed = torch.zeros(1, packed_ops.packed_nbytes(4 * 8 * 9, 7), dtype=torch.uint8)
+    packed = torch.zeros(1, packed_ops.packed_bytes(4 * 8 * 9, 7), dtype=torch.uint8)
     with counted() as costs:
         y = packed_ops.packed_conv2d(x, packed, torch.ones(1, 4), None, 7, Geometry((3, 3)))
     (cost,) = costs

@@ -90,7 +90,7 @@ def test_pack_and_unpack(backend, bits, layout):
 def test_unpack_many(backend):
     """Any bytes are codes: also behind the last one, and in every member."""
     for bits, count in ((7, 300), (2, 70_001), (8, 64 * 147), (5, 1)):
-        packed = random_codes((2, 3, packed_ops.packed_nbytes(count, bits)), torch.uint8)
+        packed = random_codes((2, 3, packed_ops.packed_bytes(count, bits)), torch.uint8)
         for t in (packed, unaligned(packed), packed[:, ::2]):
             assert_equal(backend("unpack")(t, bits, count, True), reference.unpack(t, bits, count, True))
 
@@ -99,7 +99,7 @@ def test_unpack_many(backend):
 def test_dequantize_packed(backend, dtype):
     for bits, members, channels, depth in ((7, 5, 512, 4608), (4, 2, 1000, 1), (3, 3, 17, 33), (2, 1, 1, 70_001)):
         count = channels * depth
-        packed = random_codes((members, packed_ops.packed_nbytes(count, bits)), torch.uint8)
+        packed = random_codes((members, packed_ops.packed_bytes(count, bits)), torch.uint8)
         scale = torch.randn(members, channels, device="cuda")
         expected = reference.dequantize_packed(packed, scale, bits, count, dtype)
         assert_equal(backend("dequantize_packed")(packed, scale, bits, count, dtype), expected)
@@ -166,7 +166,7 @@ def random_linear(
     count = out_features * in_features
     return Linear(
         torch.randn(rows * (1 if shared else members), in_features, device="cuda").to(dtype),
-        random_codes((members, packed_ops.packed_nbytes(count, bits)), torch.uint8),
+        random_codes((members, packed_ops.packed_bytes(count, bits)), torch.uint8),
         torch.rand(members, out_features, device="cuda") / (2**bits * in_features**0.5),
         torch.randn(members, out_features, device="cuda") if bias else None,
         bits,
@@ -260,7 +260,7 @@ class Convolution(NamedTuple):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """packed, scale, bias"""
-        nbytes = packed_ops.packed_nbytes(self.out_channels * self.depth, self.bits)
+        nbytes = packed_ops.packed_bytes(self.out_channels * self.depth, self.bits)
         shape = (self.members, self.out_channels)
         scale = torch.rand(shape, device="cuda") / (2**self.bits * self.depth**0.5)
         return random_codes((self.members, nbytes), torch.uint8), scale, torch.randn(shape, device="cuda")

@@ -104,7 +104,7 @@ def compile_packed(architecture: int) -> dict[str, dict]:
     """
     import torch
 
-    from qkernels.packed_ops import Geometry, packed_nbytes
+    from qkernels.packed_ops import Geometry, packed_bytes
     from qkernels.triton import packed_conv2d, packing, tuning
 
     tuning._multiprocessors = lambda device: 132
@@ -122,7 +122,7 @@ def compile_packed(architecture: int) -> dict[str, dict]:
         n, pad = 2 * (1 if in_shape[1] == 7 else 32), kernel // 2
         geometry = Geometry((kernel, kernel), (stride, stride), (pad,) * 4, (1, 1), groups)
         x = torch.zeros(n, *in_shape, dtype=x_dtype).to(memory_format=torch.channels_last)
-        packed = torch.zeros(2, packed_nbytes(channels * kernel**2 * in_shape[0] // groups, bits), dtype=torch.uint8)
+        packed = torch.zeros(2, packed_bytes(channels * kernel**2 * in_shape[0] // groups, bits), dtype=torch.uint8)
         scale, ones = torch.zeros(2, channels), torch.zeros(2)
         out = torch.zeros(n, channels, *geometry.output_size(*in_shape[1:]), dtype=x_dtype) if residual else None
         if x_dtype.is_floating_point:
@@ -155,7 +155,7 @@ def compile_packed(architecture: int) -> dict[str, dict]:
     add("conv fp32", lambda: conv(torch.float32, deep, 128, 3))
     add("depthwise int8", lambda: conv(torch.uint8, (144, 56, 56), 144, 3, groups=144, residual=False))
     add("depthwise bf16", lambda: conv(torch.bfloat16, (144, 56, 56), 144, 3, groups=144, residual=False))
-    packed, scale = torch.zeros(2, packed_nbytes(6400, 7), dtype=torch.uint8), torch.ones(2, 64)
+    packed, scale = torch.zeros(2, packed_bytes(6400, 7), dtype=torch.uint8), torch.ones(2, 64)
     add("pack", lambda: packing.pack(torch.zeros(6400, dtype=torch.int8), 7))
     add("unpack", lambda: packing.unpack(packed, 7, 6400, True))
     add("dequantize", lambda: packing.dequantize_packed(packed, scale, 7, 6400, torch.float32))

@@ -52,7 +52,7 @@ def packed_cases(layouts):
         cases["dequantize_packed"].append((packed, members, 7, 120, dtype))
     for kernel, shared in itertools.product((1, 3), (True, False)):
         geometry = packed_ops.Geometry((kernel, kernel), padding=(kernel // 2,) * 4).arguments
-        nbytes = packed_ops.packed_nbytes(4 * 3 * kernel * kernel, 7)
+        nbytes = packed_ops.packed_bytes(4 * 3 * kernel * kernel, 7)
         weight = torch.randint(0, 256, (2, nbytes), dtype=torch.uint8)
         for t in layouts:
             residual = torch.randn(4 if shared else 2, 4, *t.shape[2:]).to(t.dtype)

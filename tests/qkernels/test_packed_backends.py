@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from packed_oracle import FLOAT32_UNIT, Window
 from test_backends import DTYPES, Backend, why_not
 
-from qkernels.packed_ops import Geometry, packed_nbytes
+from qkernels.packed_ops import Geometry, packed_bytes
 
 backend = Backend("reference")
 
@@ -91,7 +91,7 @@ def test_pack(seed, bits, shape, dtype, layout):
     codes = np.random.default_rng(seed).integers(*RANGES[dtype], shape, endpoint=True)
     x = laid_out(codes.astype(np.int8 if dtype == torch.int8 else np.uint8), layout)
     packed = backend.pack(x, bits)
-    assert packed.shape == (packed_nbytes(codes.size, bits),)
+    assert packed.shape == (packed_bytes(codes.size, bits),)
     assert_equal(packed, oracle.pack(codes, bits), torch.uint8)
 
 
@@ -103,7 +103,7 @@ def test_pack(seed, bits, shape, dtype, layout):
 @example(0, 8, [2], 256, True, "unaligned")
 def test_unpack(seed, bits, leading, count, signed, layout):
     """Any bytes are codes: also those that `pack` would not have written behind the last code."""
-    nbytes = packed_nbytes(count, bits)
+    nbytes = packed_bytes(count, bits)
     packed = np.random.default_rng(seed).integers(0, 256, [*leading, nbytes]).astype(np.uint8)
     codes = backend.unpack(laid_out(packed, layout), bits, count, signed)
     flat = packed.reshape(-1, nbytes) if nbytes else np.zeros((math.prod(leading), 0), np.uint8)
@@ -139,7 +139,7 @@ def test_quantize(data, seed, shape, dtype):
 def test_dequantize_packed(seed, bits, members, channels, depth, dtype, strided):
     count = channels * depth
     rng = np.random.default_rng(seed)
-    packed = rng.integers(0, 256, (members, packed_nbytes(count, bits))).astype(np.uint8)
+    packed = rng.integers(0, 256, (members, packed_bytes(count, bits))).astype(np.uint8)
     scale = rng.normal(size=(members, channels)).astype(np.float32)
     layout = "strided" if strided else "contiguous"
     result = backend.dequantize_packed(laid_out(packed, layout), laid_out(scale, layout), bits, count, dtype)

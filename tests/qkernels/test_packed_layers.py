@@ -10,7 +10,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.packed_layers import quantize_members, runs_of
-from qkernels.packed_ops import packed_nbytes
+from qkernels.packed_ops import packed_bytes
 from qkernels.packing import weight_codes
 from qkernels.quantizers import INQ, LSQ, ActivationLSQ
 
@@ -64,7 +64,7 @@ def test_convolutions(arguments, bits, granularity, images, shared):
     x = torch.randn(images * (1 if shared else len(bits)), arguments["in_channels"], 9, 11)
     assert_near(packed(x), in_turn(layers, x, shared))
     count = layers[0].weight.numel()
-    assert packed.weight_packed.numel() == sum(packed_nbytes(count, b) for b in bits)
+    assert packed.weight_packed.numel() == sum(packed_bytes(count, b) for b in bits)
     for member, layer in enumerate(layers):
         dequantized = packed.dequantized_weight()[member].movedim(-1, 1)
         assert torch.equal(dequantized, layer.quantized_weight())
