@@ -20,6 +20,7 @@ MethodName = Literal[
 QatMode = Literal["qat", "frozen-backbone", "rtn-frozen"]
 INQ_FRACTIONS = (0.5, 0.75, 0.875, 1.0)  # of a layer's weights, frozen at equal distances from the switch on
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["float32", "bfloat16", "float16"]
 Granularity = Literal["channel", "tensor"]
 
 
@@ -120,6 +121,11 @@ class TrainConfig:
         "source images it validates on, too",
     ] = None
 
+    precision: Annotated[
+        Precision | None,
+        "of matrix products and convolutions in training (torch.autocast; weights, updates and evaluation are float32)",
+    ] = None
+
     device: Annotated[Device, "where to train; auto is cuda if there is one"] = "auto"
     num_workers: Annotated[
         int | None, "processes that read images, at most the CPU cores (results do not depend on it)"
@@ -199,10 +205,18 @@ class RunConfig:
     loss: dict[str, Any]  # the numbers of the method's loss, by the names of the flags
     step: dict[str, Any]  # of its step rule
     averaging: dict[str, Any]  # of its averaging rule
+    precision: Precision = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
         return asdict(self)
+
+    def settings(self) -> dict[str, Any]:
+        """All values by the names of their flags, without the groups they belong to."""
+        values = self.to_dict()
+        for group in ("quantization", "loss", "step", "averaging"):
+            values.update(values.pop(group) or {})
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -247,7 +261,9 @@ class EnsembleConfig:
         "accuracy is printed",
     ] = "none"
     calibration_images: Annotated[int, "training images that find them"] = 512
-    output_dir: Annotated[str | None, "where to write (default: trial<t>_ensemble beside the members)"] = None
+    output_dir: Annotated[
+        str | None, "where to write (default: trial<t>_ensemble beside the members; of a sweep, its folder `ensembles`)"
+    ] = None
     data_dir: Annotated[str | None, "root of the data, if it has moved since training"] = None
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
     num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None

@@ -127,6 +127,7 @@ _DIGITS: dict[str, Any] = {
     "dropout": 0.0,
     "freeze_bn": False,
     "augmentation": "none",
+    "precision": "float32",
     "scale_lr": 1e-5,
     **_QUANTIZATION,
 }
@@ -142,6 +143,7 @@ _PHOTOS: dict[str, Any] = {
     "dropout": 0.0,
     "freeze_bn": True,
     "augmentation": "qtdog",
+    "precision": "float32",
     "scale_lr": 5e-6,
     **_QUANTIZATION,
 }
@@ -235,9 +237,7 @@ def refuse_meaningless(config: TrainConfig, method: Method) -> None:
 
 def changed_from_preset(run: RunConfig) -> dict[str, Any]:
     """The settings of a run that differ from those of its method and data set."""
-    values = run.to_dict()
-    for nested in ("quantization", "loss", "step", "averaging"):
-        values.update(values.pop(nested) or {})
+    values = run.settings()
     preset = numbers_of(run.method, run.dataset)
     if run.quantization is not None:
         preset["average_start"] = run.quantization.switch_step

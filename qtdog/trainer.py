@@ -144,6 +144,7 @@ class Trainer:
         self.loss = partial(ALGORITHMS[self.method.algorithm], **run.loss)
         self.take_step = STEPS[self.method.step](**run.step)
         self.averaging = AVERAGING[self.method.averaging](**run.averaging)
+        self.scaler = torch.amp.GradScaler(device.type) if run.precision == "float16" else None
         self.start = 0
         self.records: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None  # step, validation accuracy, accuracies, and the model's state dict
@@ -233,15 +234,17 @@ class Trainer:
 
     def train_on(self, batch: list[tuple[Tensor, Tensor]], step: int) -> float:
         """One update; returns the loss before it."""
+        run = self.run
 
         def loss() -> Tensor:
             # Dropout's numbers are those of this step: whether or not the run was resumed, and in both passes of SAM.
             # Each process has other images, so the first alone has the numbers of a run in one process.
-            torch.manual_seed(seed_hash(self.run.seed, "step", step, *([rank()] if rank() else [])))
-            return self.loss(self.network, batch)
+            torch.manual_seed(seed_hash(run.seed, "step", step, *([rank()] if rank() else [])))
+            with torch.autocast(self.device.type, getattr(torch, run.precision), enabled=run.precision != "float32"):
+                return self.loss(self.network, batch)
 
-        torch.manual_seed(seed_hash(self.run.seed, "step rule", step))
-        value = mean(self.take_step(loss, self.network, self.optimizer))
+        torch.manual_seed(seed_hash(run.seed, "step rule", step))
+        value = mean(self.take_step(loss, self.network, self.optimizer, self.scaler))
         self.averaging.update(self.model, step)
         return value.item()
 
@@ -309,6 +312,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step_rule": self.take_step.state_dict(),
             "averaging": self.averaging.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
             "best": self.best,
         }
         replace_file(self.folder / "checkpoint.pt", partial(torch.save, stored))
@@ -337,6 +341,8 @@ class Trainer:
         self.optimizer.load_state_dict(stored["optimizer"])
         self.take_step.load_state_dict(stored["step_rule"])
         self.averaging.load_state_dict(stored["averaging"], self.device)
+        if self.scaler:
+            self.scaler.load_state_dict(stored["scaler"])
         self.best = stored["best"]
         # A kill between the two writes of `checkpoint` leaves a record that will be made again.
         self.records = [r for r in read_records(self.folder / "results.jsonl") if r["step"] < self.start]

@@ -26,8 +26,9 @@ def coral(model: nn.Module, minibatches: list[tuple[Tensor, Tensor]], *, coral_w
         logits = model(torch.cat([x for x, _ in minibatches]))
     finally:
         handle.remove()
-    losses = [F.cross_entropy(z, y) for z, (_, y) in zip(logits.split(sizes), minibatches, strict=True)]
-    pairs = [distance(a, b) for a, b in combinations(features[0].split(sizes), 2)]
+    losses = [F.cross_entropy(z.float(), y) for z, (_, y) in zip(logits.split(sizes), minibatches, strict=True)]
+    with torch.autocast(logits.device.type, enabled=False):  # a covariance is a matrix product, but not the network's
+        pairs = [distance(a, b) for a, b in combinations(features[0].split(sizes), 2)]
     loss = torch.stack(losses).mean()
     return loss + coral_weight * torch.stack(pairs).mean() if pairs else loss
 

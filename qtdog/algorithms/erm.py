@@ -17,4 +17,4 @@ def erm(model: nn.Module, minibatches: list[tuple[Tensor, Tensor]]) -> Tensor:
     """
     images = torch.cat([x for x, _ in minibatches])
     labels = torch.cat([y for _, y in minibatches])
-    return F.cross_entropy(model(images), labels)
+    return F.cross_entropy(model(images).float(), labels)

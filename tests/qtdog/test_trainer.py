@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from qtdog.config import Quantization, RunConfig, TrainConfig
 from qtdog.errors import UserError
 from qtdog.evaluation import mean_out_accuracy
 from qtdog.models import MNIST_CNN
-from qtdog.presets import changed_from_preset, seeds_of, settle
+from qtdog.presets import METHODS, changed_from_preset, seeds_of, settle
 from qtdog.runs import read_card, read_records
 from qtdog.steps import Plain
 
@@ -200,6 +201,61 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_
     assert "continue with --resume" in capsys.readouterr().err
     assert main(quick(digits_dir, tmp_path, "--steps", "6", "--resume")) == 0
     assert [r["step"] for r in records(folder)] == list(range(6))
+
+
+@pytest.mark.parametrize("method", ["erm", "coral", "qtdog", "gaqat"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
+    """Products in half precision, weights, losses and evaluation in float32, and nearly the same training."""
+    layers, evaluated = set(), set()
+    algorithm, accuracy = METHODS[method].algorithm, trainer.accuracy
+
+    @wraps(ALGORITHMS[algorithm])
+    def watched(model, batches, **numbers):
+        handle = model.conv3.register_forward_hook(lambda module, inputs, output: layers.add(output.dtype))
+        loss = ALGORITHM(model, batches, **numbers)
+        handle.remove()
+        assert loss.dtype == torch.float32
+        return loss
+
+    def judged(model, images, device):
+        evaluated.add(model(next(iter(images))[0]).dtype)
+        return accuracy(model, images, device)
+
+    ALGORITHM = ALGORITHMS[algorithm]
+    monkeypatch.setattr(trainer, "accuracy", judged)
+    whole = ["train", *DIGITS, "--data-dir", str(digits_dir), "--method", method, "--steps", "6", "--checkpoint-freq",
+             "2", "--eval-train-images", "4"] + ["--switch-step", "2"] * (method == "qtdog")  # fmt: skip
+    assert main([*whole, "--output-dir", str(tmp_path / "float32")]) == 0
+    monkeypatch.setitem(ALGORITHMS, algorithm, watched)
+    assert main([*whole, "--output-dir", str(tmp_path / precision), "--precision", precision]) == 0
+    assert layers == {getattr(torch, precision)} and evaluated == {torch.float32}
+    place = Path("RotatedMNIST") / method / "0" / "trial0_seed0"
+    single, half = records(tmp_path / "float32" / place), records(tmp_path / precision / place)
+    assert [r["loss"] for r in half] != [r["loss"] for r in single]
+    assert [r["loss"] for r in half] == pytest.approx([r["loss"] for r in single], rel=0.1)
+    stored = torch.load(tmp_path / precision / place / "checkpoint.pt", weights_only=True)
+    assert all(v.dtype == torch.float32 for v in stored["model"].values() if v.is_floating_point())
+    assert (stored["scaler"] is not None) == (precision == "float16")
+
+
+def test_resumed_float16_keeps_its_loss_scale(digits_dir, tmp_path, monkeypatch):
+    """A loss scale that is too large halves at every step that it spoils; a resumed run does not start over."""
+    run, stop, scales = trainer.Trainer.checkpoint, [], []
+
+    def interrupted(self, step, *rest):
+        run(self, step, *rest)
+        scales.append(self.scaler.get_scale())
+        if step == 1 and not stop:
+            stop.append(step)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "checkpoint", interrupted)
+    monkeypatch.setattr(trainer.torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
+    arguments = quick(digits_dir, tmp_path, "--steps", "4", "--precision", "float16")
+    assert main(arguments) == 130
+    assert main([*arguments, "--resume"]) == 0
+    assert scales == [2.0**39, 2.0**38, 2.0**37, 2.0**36]
 
 
 def test_resume_on_other_data_is_refused(digits_dir, tmp_path, capsys, monkeypatch):
