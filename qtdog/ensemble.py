@@ -1,6 +1,7 @@
 """EoQ: independently trained quantized models whose logits are averaged (QT-DoG, section 3.3)."""
 
 import datetime
+import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ from qtdog.errors import UserError
 from qtdog.evaluation import domain_parts, member_accuracies, sources
 from qtdog.presets import METHODS
 from qtdog.runs import Log, ModelCard, find_runs, load_model, read_card, write_json, write_records
+from qtdog.variants import common, described, settings_of, telling
+
+Member = tuple[Path, ModelCard]
 
 
 def dataset_of(card: ModelCard, data_dir: str | None, log: Log) -> DomainSet:
@@ -35,37 +39,66 @@ def dataset_of(card: ModelCard, data_dir: str | None, log: Log) -> DomainSet:
 
 
 def make_ensembles(config: EnsembleConfig) -> list[Path]:
-    """Group runs by data set, method, target and trial; evaluate and write an ensemble of each group of two or more.
+    """Group runs by data set, method, settings, target and trial; write an ensemble of each group of two or more.
+
+    A seed that was trained with several draws of hyper-parameters contributes the best by source validation.
 
     Returns:
         The folders written, each with results.jsonl and members.json.
     """
     log = Log()
     device = pick_device(config.device)
-    groups: dict[tuple[str, str, str, int], list[tuple[Path, ModelCard]]] = defaultdict(list)
-    for folder in find_runs(config.runs):
-        card = read_card(folder)
-        groups[card.dataset, card.run.method, card.target, card.run.trial_seed].append((folder, card))
-    several = {key: members for key, members in groups.items() if len(members) > 1}
-    for dataset, method, target, trial in groups.keys() - several.keys():
-        log(f"one run of {method} on {dataset}, target {target}, trial {trial}: no ensemble of one")
+    runs = [(folder, read_card(folder)) for folder in find_runs(config.runs)]
+    names = telling((folder, card.dataset, card.run) for folder, card in runs)
+    groups: dict[tuple[str, str, str, str, int], list[Member]] = defaultdict(list)
+    for folder, card in runs:
+        variant = described(settings_of(card.run), names[card.run.method])
+        groups[card.dataset, card.run.method, variant, card.target, card.run.trial_seed].append((folder, card))
+    several = {key: best_draws(members) for key, members in groups.items()}
+    for key, members in [*several.items()]:
+        if len(members) == 1:
+            dataset, method, variant, target, trial = key
+            told = " ".join(filter(None, [method, variant]))
+            log(f"one run of {told} on {dataset}, target {target}, trial {trial}: no ensemble of one")
+            del several[key]
     if not several:
-        raise UserError("no two runs share data set, method, target and trial: train more --seeds")
+        raise UserError("no two runs share data set, method, settings, target and trial: train more --seeds")
     written = []
     loaded: dict[tuple[Any, ...], DomainSet] = {}
-    for members in several.values():
+    for (_, _, variant, _, _), members in several.items():
         card = same_task(members)
         data_key = (card.run.dataset, card.run.data_dir, card.images_as_trained())
         if data_key not in loaded:
             loaded[data_key] = dataset_of(card, config.data_dir, log)
-        written.append(ensemble(members, loaded[data_key], config, device, log))
+        folder = place(members[0], variant, config.output_dir)
+        written.append(ensemble(members, loaded[data_key], folder, config, device, log))
     return written
 
 
-def same_task(members: Sequence[tuple[Path, ModelCard]]) -> ModelCard:
-    """The first member's card, after checking that the others saw the same images and have other seeds."""
+def best_draws(members: Sequence[Member]) -> list[Member]:
+    """Of each seed the run with the best source validation accuracy, in the order of the seeds."""
+    best: dict[int, Member] = {}
+    for folder, card in members:
+        known = best.get(card.run.seed)
+        if known is None or card.source_validation_accuracy > known[1].source_validation_accuracy:
+            best[card.run.seed] = (folder, card)
+    return [best[seed] for seed in sorted(best)]
+
+
+def place(member: Member, variant: str, output_dir: str | None) -> Path:
+    """The folder of an ensemble: beside its members where they lie as `qtdog train` puts them, else in `ensembles`."""
+    folder, card = member
+    variant = re.sub(r"[^\w.+-]+", "_", variant)
+    name = "_".join(filter(None, [f"trial{card.run.trial_seed}", variant, "ensemble"]))
+    task = (card.dataset, card.run.method, card.target)
+    if output_dir is None and folder.absolute().parts[-4:-1] == task:
+        return folder.parent / name
+    return Path(output_dir or folder.parent / "ensembles", *task, name)
+
+
+def same_task(members: Sequence[Member]) -> ModelCard:
+    """The first member's card, after checking that the others saw the same images."""
     first_folder, first = members[0]
-    seeds: dict[int, Path] = {}
     for folder, card in members:
         for name in ("classes", "domains", "image_shape", "preprocessing", "data_source"):
             if getattr(card, name) != getattr(first, name):
@@ -76,27 +109,20 @@ def same_task(members: Sequence[tuple[Path, ModelCard]]) -> ModelCard:
             raise UserError(
                 f"{folder} and {first_folder} differ in holdout_fraction: a member would be tested on its own data"
             )
-        if card.run.seed in seeds:
-            raise UserError(f"{folder} and {seeds[card.run.seed]} have the same seed {card.run.seed}: name one of them")
-        seeds[card.run.seed] = folder
     return first
 
 
 def ensemble(
-    members: Sequence[tuple[Path, ModelCard]],
+    members: Sequence[Member],
     dataset: DomainSet,
+    folder: Path,
     config: EnsembleConfig,
     device: torch.device,
     log: Log,
 ) -> Path:
-    """Evaluate one ensemble on the target's in and out parts and the sources' out parts, and write it."""
+    """Evaluate one ensemble on the target's in and out parts and the sources' out parts, and write it to `folder`."""
     card = members[0][1]
     run, method = card.run, METHODS[card.run.method]
-    name = f"trial{run.trial_seed}_ensemble"
-    if config.output_dir is None:
-        folder = members[0][0].parent / name
-    else:
-        folder = Path(config.output_dir) / card.dataset / run.method / card.target / name
     log(
         f"{method.ensemble_label} of {len(members)} members on {card.dataset}, target domain {card.target}, "
         f"trial {run.trial_seed}"
@@ -143,6 +169,7 @@ def ensemble(
         "target": card.target,
         "test_env": run.test_env,
         "trial_seed": run.trial_seed,
+        "settings": common([settings_of(member.run) for _, member in members]),
         "target_accuracy": judged[test][0],
         "nbytes": sum(member.nbytes for _, member in members) if packed is None else packed.nbytes,
         "float_nbytes": card.float_nbytes,

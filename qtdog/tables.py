@@ -15,8 +15,9 @@ from qtdog.errors import UserError
 from qtdog.evaluation import mean_out_accuracy
 from qtdog.presets import METHODS
 from qtdog.runs import Log, ModelCard, find_runs, read_card, read_records, write_json, write_text
+from qtdog.variants import described, differing, settings_of, telling
 
-NOT_SETTINGS = {"data_dir", "test_env", "trial_seed", "seed", "hparams_seed"}  # may differ among the runs of a row
+Key = tuple[str, str]  # a method and a variant of it
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,22 @@ class Cell:
 
 @dataclass
 class Row:
-    """One method under one selection: cells by column, and what it takes to store the model(s)."""
+    """One variant of a method, or its ensemble, under one selection: cells by column, and the bytes of the model(s)."""
 
-    label: str
+    method: str
+    variant: str
+    ensemble: bool
     selection: str
     cells: dict[str, Cell] = field(default_factory=dict)
     models: list[int] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
     float_nbytes: list[int] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """`EoQ`, or `EoQ, weight-bits 4` where there are several."""
+        method = METHODS[self.method]
+        return ", ".join(filter(None, [method.ensemble_label if self.ensemble else method.label, self.variant]))
 
     def average(self, columns: Sequence[str], digits: int) -> str:
         """Mean over all columns, X if one is missing."""
@@ -133,43 +142,40 @@ class Table:
 
 
 def build_table(results: Sequence[Result], ensembles: Sequence[dict[str, Any]]) -> Table:
-    """The table of one data set.
+    """The table of one data set: a row for each method, or for each variant of one whose runs differ in settings.
 
     A single-model cell is, for each trial, the mean over that trial's seeds of what the selection takes from the random
     hyper-parameters of each. An ensemble's members are selected by source validation, and so is its row.
     """
-    refuse_doubles(results)
+    names = telling((result.folder, result.card.dataset, result.card.run) for result in results)
+    singles: dict[Key, list[Result]] = defaultdict(list)
+    for result in results:
+        run = result.card.run
+        singles[run.method, described(settings_of(run), names[run.method])].append(result)
+    several: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for record in ensembles:
+        several[record["method"], described(record["settings"], names.get(record["method"], []))].append(record)
     rows = []
     for selection in SELECTIONS:
-        for key, method in METHODS.items():
-            own = [result for result in results if result.card.run.method == key]
-            if own:
-                rows.append(single_row(method.label, selection, own))
-            several = [record for record in ensembles if record["method"] == key]
-            if several and selection == "source validation":
-                rows.append(ensemble_row(method.ensemble_label, several))
-    notes = [*common_notes(rows), *run_notes(results), *ensemble_notes(ensembles)]
+        for key in sorted(singles.keys() | several.keys(), key=in_order):
+            if key in singles:
+                rows.append(single_row(key, selection, singles[key]))
+            if key in several and selection == "source validation":
+                rows.append(ensemble_row(key, several[key]))
+    notes = [*common_notes(rows), *run_notes(singles, results), *ensemble_notes(several)]
     card = results[0].card
     return Table(card.dataset, card.domains, rows, notes)
 
 
-def refuse_doubles(results: Sequence[Result]) -> None:
-    """UserError for two runs that would claim the same place in a row."""
-    places: dict[tuple[Any, ...], Path] = {}
-    for result in results:
-        run = result.card.run
-        place = (run.method, run.test_env, run.trial_seed, run.seed, run.hparams_seed)
-        if place in places:
-            raise UserError(
-                f"{places[place]} and {result.folder} have the same method, target, trial, seed and hyper-parameter "
-                "seed: collect their folders apart"
-            )
-        places[place] = result.folder
+def in_order(key: Key) -> tuple[int, str]:
+    """Sorts variants by the order of METHODS."""
+    method, variant = key
+    return list(METHODS).index(method), variant
 
 
-def single_row(label: str, selection: str, results: Sequence[Result]) -> Row:
-    """The row of a method's single models."""
-    row = Row(label, selection)
+def single_row(key: Key, selection: str, results: Sequence[Result]) -> Row:
+    """The row of single models."""
+    row = Row(*key, ensemble=False, selection=selection)
     drawn: dict[tuple[str, int, int], list[Result]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result.card.run.hparams_seed):
         drawn[result.card.target, result.card.run.trial_seed, result.card.run.seed].append(result)
@@ -184,9 +190,9 @@ def single_row(label: str, selection: str, results: Sequence[Result]) -> Row:
     return row
 
 
-def ensemble_row(label: str, ensembles: Sequence[dict[str, Any]]) -> Row:
-    """The row of a method's ensembles."""
-    row = Row(label, "source validation")
+def ensemble_row(key: Key, ensembles: Sequence[dict[str, Any]]) -> Row:
+    """The row of ensembles."""
+    row = Row(*key, ensemble=True, selection="source validation")
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in ensembles:
         values[record["target"]][record["trial_seed"]].append(100 * record["target_accuracy"])
@@ -215,13 +221,11 @@ def common_notes(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def run_notes(results: Sequence[Result]) -> list[str]:
+def run_notes(singles: dict[Key, list[Result]], results: Sequence[Result]) -> list[str]:
     """What is special about the single models."""
-    by_label: dict[str, list[ModelCard]] = defaultdict(list)
-    for result in results:
-        by_label[METHODS[result.card.run.method].label].append(result.card)
     notes = []
-    for label, cards in by_label.items():
+    for key in sorted(singles, key=in_order):
+        label, cards = Row(*key, False, "").label, [result.card for result in singles[key]]
         notes += [f"{label} selected: {text}." for text in sorted({card.selection for card in cards})]
         seeds, draws = defaultdict(set), defaultdict(set)
         for card in cards:
@@ -231,34 +235,26 @@ def run_notes(results: Sequence[Result]) -> list[str]:
             notes.append(f"{label}: a trial's value is the mean over {span(map(len, seeds.values()))} seeds.")
         if max(map(len, draws.values())) > 1:
             notes.append(f"{label}: {span(map(len, draws.values()))} sets of hyper-parameters.")
-        elif differing := differences(cards):
-            notes.append(f"{label}: its runs differ in {', '.join(differing)}.")
+        elif apart := differing([settings_of(card.run) for card in cards]):
+            notes.append(f"{label}: its runs differ in {', '.join(apart)}.")
     size = fmean(result.card.float_nbytes for result in results) / 1e6
     notes.append(f"Size: weights at their bits, all else float32; the ratio is to one float model ({size:.2f} MB).")
     return notes + [f"Data: {source}." for source in sorted({result.card.data_source for result in results})]
 
 
-def ensemble_notes(ensembles: Sequence[dict[str, Any]]) -> list[str]:
+def ensemble_notes(several: dict[Key, list[dict[str, Any]]]) -> list[str]:
     """How many members, and how they are combined."""
-    by_label: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in ensembles:
-        by_label[METHODS[record["method"]].ensemble_label].append(record)
     notes = []
-    for label, records in by_label.items():
-        ways = " or ".join(sorted({record["combine"] for record in records}))
-        notes.append(f"{label}: {span(record['members'] for record in records)} members, mean of their {ways}.")
+    for key in sorted(several, key=in_order):
+        ways = " or ".join(sorted({record["combine"] for record in several[key]}))
+        members = span(record["members"] for record in several[key])
+        notes.append(f"{Row(*key, True, '').label}: {members} members, mean of their {ways}.")
     return notes
 
 
-def differences(cards: Sequence[ModelCard]) -> list[str]:
-    """Names of the settings that are not the same in all runs."""
-    first = cards[0].config
-    return [n for n in first if n not in NOT_SETTINGS and any(card.config.get(n) != first[n] for card in cards)]
-
-
 def span(numbers: Iterable[int]) -> str:
-    """`3`, or `1 to 3`."""
-    values = sorted(set(numbers))
+    """`3`, or `1 to 3`; `0` of none."""
+    values = sorted(set(numbers)) or [0]
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
@@ -267,7 +263,7 @@ def averages(tables: Sequence[Table]) -> Table:
 
     A trial counts if it has all target domains.
     """
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str, str, bool], Row] = {}
     for table in tables:
         for row in table.rows:
             trials = [set(row.cells[column].trials) if column in row.cells else set() for column in table.columns]
@@ -275,12 +271,14 @@ def averages(tables: Sequence[Table]) -> Table:
                 trial: fmean(row.cells[column].trials[trial] for column in table.columns)
                 for trial in sorted(set.intersection(*trials))
             }
-            both = rows.setdefault((row.selection, row.label), Row(row.label, row.selection))
+            place = (row.selection, row.method, row.variant, row.ensemble)
+            both = rows.setdefault(place, Row(row.method, row.variant, row.ensemble, row.selection))
             if means:
                 both.cells[table.title] = Cell(means)
-    # Labels in the order of the methods, also where the first data set lacks one.
-    labels = [label for method in METHODS.values() for label in (method.label, method.ensemble_label)]
-    ordered = [rows[s, label] for s in SELECTIONS for label in labels if (s, label) in rows]
+    selections = list(SELECTIONS)
+    ordered = sorted(  # as in a table of one data set, also where the first lacks a method
+        rows.values(), key=lambda r: (selections.index(r.selection), in_order((r.method, r.variant)), r.ensemble)
+    )
     columns = [table.title for table in tables]
     return Table(
         "Averages", columns, ordered, [*common_notes(ordered), "A trial's value is the mean over all targets."]
@@ -295,6 +293,8 @@ def as_json(table: Table, results: Sequence[Result], ensembles: Sequence[dict[st
         "rows": [
             {
                 "label": row.label,
+                "method": row.method,
+                "variant": row.variant,
                 "selection": row.selection,
                 "cells": {
                     target: {"mean": c.mean, "stderr": c.stderr, "n": len(c.trials), "trials": c.trials}

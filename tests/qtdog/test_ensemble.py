@@ -73,6 +73,32 @@ def test_output_dir(runs, tmp_path):
     assert (written[0] / "members.json").is_file()
 
 
+def test_members_of_a_sweep(runs, tmp_path, digits_dir):
+    """Folders named by a hash, two settings, two draws each: one ensemble a setting, of the best draws."""
+    trained, sweep = runs / "RotatedMNIST" / "qtdog" / "0", tmp_path / "sweep"
+    made = {}
+    for mode in ("qat", "rtn-frozen"):
+        for seed in (0, 1):
+            for draw in (0, 1):
+                name = f"{mode}{seed}{draw}"
+                made[name] = shutil.copytree(trained / f"trial0_seed{seed}", sweep / name)
+                card = json.loads((made[name] / "model.json").read_text())
+                card["config"]["hparams_seed"] = draw
+                card["config"]["quantization"]["qat_mode"] = mode
+                card["source_validation_accuracy"] = 0.5 + (draw == seed)
+                (made[name] / "model.json").write_text(json.dumps(card))
+    written = ensemble.make_ensembles(EnsembleConfig([str(sweep)], device="cpu"))
+    place = sweep / "ensembles" / "RotatedMNIST" / "qtdog" / "0"
+    assert written == [place / f"trial0_qat-mode_{mode}_ensemble" for mode in ("qat", "rtn-frozen")]
+    for mode, folder in zip(("qat", "rtn-frozen"), written, strict=True):
+        members = json.loads((folder / "members.json").read_text())["members"]
+        assert [member["folder"] for member in members] == [str(made[f"{mode}00"]), str(made[f"{mode}11"])]
+        (record,) = read_records(folder / "results.jsonl")
+        assert record["settings"]["qat_mode"] == mode and "seed" not in record["settings"]
+    assert main(["collect", str(sweep)]) == 0
+    assert "EoQ, qat-mode rtn-frozen" in (sweep / "table.txt").read_text()
+
+
 def change(folder, **values):
     card = json.loads((folder / "model.json").read_text())
     for name, value in values.items():
@@ -89,7 +115,7 @@ def change(folder, **values):
         ({"classes": ["a"]}, "differ in classes"),
         ({"data_source": "other"}, "differ in data_source"),
         ({"holdout_fraction": 0.3}, "differ in holdout_fraction"),
-        ({"seed": 0}, "have the same seed 0"),
+        ({"seed": 0}, "have the same method, settings, target, trial, seed"),
     ],
 )
 def test_members_that_do_not_belong_together(runs, values, told):

@@ -37,8 +37,9 @@ def made_up(card, method, target, trial, seed, accuracy, nbytes=1_000_000, hpara
     return tables.Result(Path(f"{method}/{target}/{trial}_{seed}_{hparams_seed}"), made, record)
 
 
-def ensemble_record(target, trial, accuracy):
+def ensemble_record(target, trial, accuracy, **settings):
     return {
+        "settings": settings,
         "method": "qtdog", "target": target, "trial_seed": trial, "target_accuracy": accuracy, "members": 2,
         "combine": "logits", "nbytes": 2_000_000, "float_nbytes": 4_000_000, "dataset": "pictures_2",
     }  # fmt: skip
@@ -91,8 +92,42 @@ def test_selections_among_random_hyper_parameters(card):
 def test_doubles_are_refused_and_other_settings_are_said(card):
     one, two = (made_up(card, "erm", "art", 0, seed, 0.5, steps=9 + seed) for seed in (0, 1))
     assert "ERM: its runs differ in steps." in tables.build_table([one, two], []).notes
-    with pytest.raises(UserError, match="have the same method, target, trial, seed and hyper-parameter seed"):
+    with pytest.raises(UserError, match="have the same method, settings, target, trial, seed and hyper-parameter seed"):
         tables.build_table([one, replace(two, card=one.card)], [])
+
+
+def test_runs_that_differ_in_a_setting_make_rows_of_their_own(card):
+    """Two modes of QT-DoG, one of them at two widths, and draws of hyper-parameters, which share a row."""
+    quantization = card.config["quantization"]
+    runs = []
+    for mode, bits, accuracy in (("qat", 7, 0.7), ("qat", 4, 0.6), ("rtn-frozen", 7, 0.5)):
+        variant = {**quantization, "qat_mode": mode, "weight_bits": bits}
+        for draw in (0, 1):
+            lr = {"lr": 1e-3 * (1 + draw)}
+            runs.append(
+                made_up(card, "qtdog", "art", 0, 0, accuracy, quantization=variant, hparams_seed=draw,
+                        last=(0.5, 0.1, draw), **lr)
+            )  # fmt: skip
+    runs = [replace(run, folder=Path(str(i))) for i, run in enumerate(runs)]
+    runs.append(made_up(card, "erm", "art", 0, 0, 0.4))
+    ensembles = [
+        ensemble_record("art", 0, 0.8, qat_mode="qat", weight_bits=7, lr=1e-3),
+        ensemble_record("art", 0, 0.65, qat_mode="qat", weight_bits=4),
+    ]
+    table = tables.build_table(runs, ensembles)
+    assert {row.label: row.cells["art"].mean for row in table.rows if row.selection == "source validation"} == {
+        "ERM": 40,
+        "QT-DoG, weight-bits 4, qat-mode qat": 60,
+        "EoQ, weight-bits 4, qat-mode qat": 65,
+        "QT-DoG, weight-bits 7, qat-mode qat": 70,
+        "EoQ, weight-bits 7, qat-mode qat": 80,
+        "QT-DoG, weight-bits 7, qat-mode rtn-frozen": 50,
+    }
+    assert "QT-DoG, weight-bits 4, qat-mode qat: 2 sets of hyper-parameters." in table.notes
+    assert "EoQ, weight-bits 7, qat-mode qat: 2 members, mean of their logits." in table.notes
+    assert not any("differ in" in note for note in table.notes)
+    labels = [row.label for row in tables.averages([table, table]).rows]
+    assert labels[:6] == [row.label for row in table.rows][:6] and len(labels) == 6 + 4 + 4
 
 
 def test_uneven_trials_and_seeds_are_said(card):
@@ -114,7 +149,7 @@ def test_cell_error_is_over_trials():
 
 def test_averages_over_data_sets(table):
     """ERM on pictures_2: trial 0 has 50 and 70, trial 1 has 60 and 70; QT-DoG lacks photo."""
-    other = tables.Table("more", ["a"], [tables.Row("QT-DoG", "oracle", {"a": tables.Cell({0: 40.0})})], [])
+    other = tables.Table("more", ["a"], [tables.Row("qtdog", "", False, "oracle", {"a": tables.Cell({0: 40.0})})], [])
     both = tables.averages([table, other])
     rows = {(row.label, row.selection): row.cells for row in both.rows}
     assert rows["ERM", "source validation"] == {"pictures_2": tables.Cell({0: 60.0, 1: 65.0})}
