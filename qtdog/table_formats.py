@@ -57,11 +57,12 @@ def as_csv(tables: Sequence[Table]) -> str:
     """One line a cell, unrounded, for a spreadsheet or pandas."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "algorithm", "selection", "column", "mean", "stderr", "n"])
+    writer.writerow(["table", "algorithm", "selection", "column", "mean", "stderr", "n", "in_domain"])
     for table in tables:
         for row in table.rows:
             for column in table.columns:
                 cell = row.cells.get(column)
                 numbers = [cell.mean, cell.stderr, len(cell.trials)] if cell else ["", "", 0]
+                numbers.append(row.in_domain[column].mean if column in row.in_domain else "")
                 writer.writerow([table.title, row.label, row.selection, column, *numbers])
     return out.getvalue()

@@ -18,6 +18,7 @@ from qtdog.runs import Log, ModelCard, find_runs, read_card, read_records, write
 from qtdog.variants import described, differing, settings_of, telling
 
 Key = tuple[str, str]  # a method and a variant of it
+Values = dict[str, dict[int, list[float]]]  # target, trial, seeds
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Selection:
     definition: str
     score: Callable[[Result], float]
     accuracy: Callable[[Result], float]
+    in_domain: Callable[[Result], float]
 
 
 SELECTIONS = {
@@ -52,16 +54,19 @@ SELECTIONS = {
         "checkpoint and hyper-parameters with the best mean accuracy on the source domains' out parts",
         lambda result: result.card.source_validation_accuracy,
         lambda result: result.card.target_accuracy,
+        lambda result: result.card.source_validation_accuracy,
     ),
     "last step": Selection(
         "the last checkpoint, hyper-parameters by its source validation",
         lambda result: result.last_source_validation,
         lambda result: result.last_of_target("in"),
+        lambda result: result.last_source_validation,
     ),
     "oracle": Selection(
         "the last checkpoint, hyper-parameters by its accuracy on the target's out part, which no real task has",
         lambda result: result.last_of_target("out"),
         lambda result: result.last_of_target("in"),
+        lambda result: result.last_source_validation,
     ),
 }
 
@@ -81,6 +86,10 @@ class Cell:
         """DomainBed's: population standard deviation over the trials / sqrt(their number)."""
         return pstdev(self.trials.values()) / math.sqrt(len(self.trials))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Unrounded, for JSON."""
+        return {"mean": self.mean, "stderr": self.stderr, "n": len(self.trials), "trials": self.trials}
+
     def text(self, digits: int = 1, plus_minus: str = "+/-") -> str:
         """One trial says nothing about the error, so none is shown."""
         error = f" {plus_minus} {self.stderr:.{digits}f}" if len(self.trials) > 1 else ""
@@ -96,6 +105,7 @@ class Row:
     ensemble: bool
     selection: str
     cells: dict[str, Cell] = field(default_factory=dict)
+    in_domain: dict[str, Cell] = field(default_factory=dict)  # the same models on their source domains' out parts
     models: list[int] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
     float_nbytes: list[int] = field(default_factory=list)
@@ -105,11 +115,6 @@ class Row:
         """`EoQ`, or `EoQ, weight-bits 4` where there are several."""
         method = METHODS[self.method]
         return ", ".join(filter(None, [method.ensemble_label if self.ensemble else method.label, self.variant]))
-
-    def average(self, columns: Sequence[str], digits: int) -> str:
-        """Mean over all columns, X if one is missing."""
-        missing = any(column not in self.cells for column in columns)
-        return "X" if missing else f"{fmean(self.cells[column].mean for column in columns):.{digits}f}"
 
     def size(self) -> str:
         """Mean size in MB (1e6 bytes), and its ratio to one float model."""
@@ -128,17 +133,24 @@ class Table:
     def grid(self, digits: int = 1, plus_minus: str = "+/-") -> list[list[str]]:
         """Header and rows as text."""
         sized = any(row.nbytes for row in self.rows)
-        header = ["Algorithm", "Selection", *self.columns, "Avg", *(["Size"] if sized else [])]
+        header = ["Algorithm", "Selection", *self.columns, "Avg", "In-domain", *(["Size"] if sized else [])]
         return [header] + [
             [
                 row.label,
                 row.selection,
                 *(row.cells[name].text(digits, plus_minus) if name in row.cells else "X" for name in self.columns),
-                row.average(self.columns, digits),
+                average(row.cells, self.columns, digits),
+                average(row.in_domain, self.columns, digits),
                 *([row.size()] if sized else []),
             ]
             for row in self.rows
         ]
+
+
+def average(cells: dict[str, Cell], columns: Sequence[str], digits: int) -> str:
+    """Mean over all columns, X if one is missing."""
+    missing = any(column not in cells for column in columns)
+    return "X" if missing else f"{fmean(cells[column].mean for column in columns):.{digits}f}"
 
 
 def build_table(results: Sequence[Result], ensembles: Sequence[dict[str, Any]]) -> Table:
@@ -179,31 +191,37 @@ def single_row(key: Key, selection: str, results: Sequence[Result]) -> Row:
     drawn: dict[tuple[str, int, int], list[Result]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result.card.run.hparams_seed):
         drawn[result.card.target, result.card.run.trial_seed, result.card.run.seed].append(result)
-    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    rule = SELECTIONS[selection]
+    targets: Values = defaultdict(lambda: defaultdict(list))
+    sources: Values = defaultdict(lambda: defaultdict(list))
     for (target, trial, _), candidates in drawn.items():
-        chosen = max(candidates, key=SELECTIONS[selection].score)
-        values[target][trial].append(100 * SELECTIONS[selection].accuracy(chosen))
+        chosen = max(candidates, key=rule.score)
+        targets[target][trial].append(100 * rule.accuracy(chosen))
+        sources[target][trial].append(100 * rule.in_domain(chosen))
         row.models.append(1)
         row.nbytes.append(chosen.card.nbytes)
         row.float_nbytes.append(chosen.card.float_nbytes)
-    row.cells = cells(values)
+    row.cells, row.in_domain = cells(targets), cells(sources)
     return row
 
 
 def ensemble_row(key: Key, ensembles: Sequence[dict[str, Any]]) -> Row:
     """The row of ensembles."""
     row = Row(*key, ensemble=True, selection="source validation")
-    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    targets: Values = defaultdict(lambda: defaultdict(list))
+    sources: Values = defaultdict(lambda: defaultdict(list))
     for record in ensembles:
-        values[record["target"]][record["trial_seed"]].append(100 * record["target_accuracy"])
+        envs = [env for env, domain in enumerate(record["domains"]) if domain != record["target"]]
+        targets[record["target"]][record["trial_seed"]].append(100 * record["target_accuracy"])
+        sources[record["target"]][record["trial_seed"]].append(100 * mean_out_accuracy(record, envs))
         row.models.append(record["members"])
         row.nbytes.append(record["nbytes"])
         row.float_nbytes.append(record["float_nbytes"])
-    row.cells = cells(values)
+    row.cells, row.in_domain = cells(targets), cells(sources)
     return row
 
 
-def cells(values: dict[str, dict[int, list[float]]]) -> dict[str, Cell]:
+def cells(values: Values) -> dict[str, Cell]:
     """The mean of the values of each column's trials."""
     return {
         column: Cell({trial: fmean(seeds) for trial, seeds in sorted(trials.items())})
@@ -218,6 +236,7 @@ def common_notes(rows: Sequence[Row]) -> list[str]:
         "Target accuracy in percent (in part of the domain left out), mean +/- standard error over trials "
         f"(population std / sqrt(n)), n = {n}{', which gives no error' if n == '1' else ''}. X: not run.",
         *(f"{name}: {selection.definition}." for name, selection in SELECTIONS.items()),
+        "In-domain: the same models on the source domains' out parts, mean over all targets.",
     ]
 
 
@@ -266,15 +285,12 @@ def averages(tables: Sequence[Table]) -> Table:
     rows: dict[tuple[str, str, str, bool], Row] = {}
     for table in tables:
         for row in table.rows:
-            trials = [set(row.cells[column].trials) if column in row.cells else set() for column in table.columns]
-            means = {
-                trial: fmean(row.cells[column].trials[trial] for column in table.columns)
-                for trial in sorted(set.intersection(*trials))
-            }
             place = (row.selection, row.method, row.variant, row.ensemble)
             both = rows.setdefault(place, Row(row.method, row.variant, row.ensemble, row.selection))
-            if means:
-                both.cells[table.title] = Cell(means)
+            if mean := mean_cell(row.cells, table.columns):
+                both.cells[table.title] = mean
+            if mean := mean_cell(row.in_domain, table.columns):
+                both.in_domain[table.title] = mean
     selections = list(SELECTIONS)
     ordered = sorted(  # as in a table of one data set, also where the first lacks a method
         rows.values(), key=lambda r: (selections.index(r.selection), in_order((r.method, r.variant)), r.ensemble)
@@ -283,6 +299,14 @@ def averages(tables: Sequence[Table]) -> Table:
     return Table(
         "Averages", columns, ordered, [*common_notes(ordered), "A trial's value is the mean over all targets."]
     )
+
+
+def mean_cell(cells: dict[str, Cell], columns: Sequence[str]) -> Cell | None:
+    """For each trial that has all columns the mean over them; None if there is no such trial."""
+    trials = [set(cells[column].trials) if column in cells else set() for column in columns]
+    complete = sorted(set.intersection(*trials))
+    means = {trial: fmean(cells[column].trials[trial] for column in columns) for trial in complete}
+    return Cell(means) if means else None
 
 
 def as_json(table: Table, results: Sequence[Result], ensembles: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -296,10 +320,8 @@ def as_json(table: Table, results: Sequence[Result], ensembles: Sequence[dict[st
                 "method": row.method,
                 "variant": row.variant,
                 "selection": row.selection,
-                "cells": {
-                    target: {"mean": c.mean, "stderr": c.stderr, "n": len(c.trials), "trials": c.trials}
-                    for target, c in row.cells.items()
-                },
+                "cells": {target: cell.to_dict() for target, cell in row.cells.items()},
+                "in_domain": {target: cell.to_dict() for target, cell in row.in_domain.items()},
                 "models": sorted(set(row.models)),
                 "mean_nbytes": fmean(row.nbytes),
                 "ratio_to_float": fmean(row.nbytes) / fmean(row.float_nbytes),

@@ -39,7 +39,7 @@ def made_up(card, method, target, trial, seed, accuracy, nbytes=1_000_000, hpara
 
 def ensemble_record(target, trial, accuracy, **settings):
     return {
-        "settings": settings,
+        "settings": settings, "domains": ["art", "photo"], "env0_out_acc": 0.1, "env1_out_acc": 0.75,
         "method": "qtdog", "target": target, "trial_seed": trial, "target_accuracy": accuracy, "members": 2,
         "combine": "logits", "nbytes": 2_000_000, "float_nbytes": 4_000_000, "dataset": "pictures_2",
     }  # fmt: skip
@@ -48,7 +48,7 @@ def ensemble_record(target, trial, accuracy, **settings):
 @pytest.fixture
 def table(card):
     runs = [
-        made_up(card, "erm", "art", 0, 0, 0.50, 4_000_000),
+        made_up(card, "erm", "art", 0, 0, 0.50, 4_000_000, last=(0.6, 0.40, 0.5)),
         made_up(card, "erm", "art", 1, 0, 0.60, 4_000_000),
         made_up(card, "erm", "photo", 0, 0, 0.70, 4_000_000),
         made_up(card, "erm", "photo", 1, 0, 0.70, 4_000_000),
@@ -63,14 +63,14 @@ def table(card):
 def test_grid_in_domainbeds_form(table):
     validation, last, oracle = "source validation", "last step", "oracle"
     assert table.grid() == [
-        ["Algorithm", "Selection", "art", "photo", "Avg", "Size"],
-        ["ERM", validation, "55.0 +/- 3.5", "70.0 +/- 0.0", "62.5", "4.00 MB (1.000x)"],  # pstdev 5 / sqrt(2)
-        ["QT-DoG", validation, "80.0 +/- 7.1", "X", "X", "1.00 MB (0.250x)"],  # trials: mean(60, 80) and 90
-        ["EoQ", validation, "85.6 +/- 3.1", "X", "X", "2.00 MB (0.500x)"],
-        ["ERM", last, "45.0 +/- 3.5", "60.0 +/- 0.0", "52.5", "4.00 MB (1.000x)"],
-        ["QT-DoG", last, "70.0 +/- 7.1", "X", "X", "1.00 MB (0.250x)"],
-        ["ERM", oracle, "45.0 +/- 3.5", "60.0 +/- 0.0", "52.5", "4.00 MB (1.000x)"],
-        ["QT-DoG", oracle, "70.0 +/- 7.1", "X", "X", "1.00 MB (0.250x)"],
+        ["Algorithm", "Selection", "art", "photo", "Avg", "In-domain", "Size"],
+        ["ERM", validation, "55.0 +/- 3.5", "70.0 +/- 0.0", "62.5", "52.5", "4.00 MB (1.000x)"],  # pstdev 5 / sqrt(2)
+        ["QT-DoG", validation, "80.0 +/- 7.1", "X", "X", "X", "1.00 MB (0.250x)"],  # trials: mean(60, 80) and 90
+        ["EoQ", validation, "85.6 +/- 3.1", "X", "X", "X", "2.00 MB (0.500x)"],
+        ["ERM", last, "45.0 +/- 3.5", "60.0 +/- 0.0", "52.5", "52.5", "4.00 MB (1.000x)"],
+        ["QT-DoG", last, "70.0 +/- 7.1", "X", "X", "X", "1.00 MB (0.250x)"],
+        ["ERM", oracle, "45.0 +/- 3.5", "60.0 +/- 0.0", "52.5", "52.5", "4.00 MB (1.000x)"],
+        ["QT-DoG", oracle, "70.0 +/- 7.1", "X", "X", "X", "1.00 MB (0.250x)"],
     ]
     assert table.grid(digits=2)[1][2:5] == ["55.00 +/- 3.54", "70.00 +/- 0.00", "62.50"]
     notes = " ".join(table.notes)
@@ -78,6 +78,8 @@ def test_grid_in_domainbeds_form(table):
     assert "EoQ: 2 members, mean of their logits." in notes and "ERM: a trial" not in notes
     assert [note.split(":")[0] for note in table.notes[1:4]] == [validation, last, oracle]
     assert "ERM selected: the best checkpoint." in notes
+    (erm,) = (row for row in table.rows if (row.label, row.selection) == ("ERM", "source validation"))
+    assert erm.in_domain["art"].trials == pytest.approx({0: 60, 1: 50})
 
 
 def test_selections_among_random_hyper_parameters(card):
@@ -154,7 +156,7 @@ def test_averages_over_data_sets(table):
     rows = {(row.label, row.selection): row.cells for row in both.rows}
     assert rows["ERM", "source validation"] == {"pictures_2": tables.Cell({0: 60.0, 1: 65.0})}
     assert rows["QT-DoG", "oracle"] == {"more": tables.Cell({0: 40.0})}
-    assert both.grid()[1] == ["ERM", "source validation", "62.5 +/- 1.8", "X", "X"]
+    assert both.grid()[1] == ["ERM", "source validation", "62.5 +/- 1.8", "X", "X", "X"]
     assert [row.selection for row in both.rows][::3] == ["source validation", "last step", "oracle"]
     assert "Averages" in table_formats.as_latex(both)
 
@@ -162,17 +164,19 @@ def test_averages_over_data_sets(table):
 def test_formats(table):
     text = table_formats.as_text(table)
     header, rule, first = text.splitlines()[2:5]
-    assert header.split() == ["Algorithm", "Selection", "art", "photo", "Avg", "Size"] and set(rule) == {"-"}
+    assert header.split() == ["Algorithm", "Selection", "art", "photo", "Avg", "In-domain", "Size"]
+    assert set(rule) == {"-"}
     assert first.startswith("ERM        source validation  55.0 +/- 3.5")
-    assert "| ERM | source validation | 55.0 ± 3.5 | 70.0 ± 0.0 | 62.5 |" in table_formats.as_markdown(table)
+    assert "| ERM | source validation | 55.0 ± 3.5 | 70.0 ± 0.0 | 62.5 | 52.5 |" in table_formats.as_markdown(table)
     latex = table_formats.as_latex(table, digits=2)
-    assert r"ERM & last step & 45.00 $\pm$ 3.54 & 60.00 $\pm$ 0.00 & 52.50 & 4.00 MB (1.000x) \\" in latex
-    assert r"\begin{tabular}{llcccc}" in latex and latex.count(r"\midrule") == 3
+    assert r"ERM & last step & 45.00 $\pm$ 3.54 & 60.00 $\pm$ 0.00 & 52.50 & 52.50 & 4.00 MB (1.000x) \\" in latex
+    assert r"\begin{tabular}{llccccc}" in latex and latex.count(r"\midrule") == 3
     assert table_formats.escaped("+90%_#&") == r"+90\%\_\#\&"
     rows = list(csv.DictReader(table_formats.as_csv([table]).splitlines()))
     assert len(rows) == 14 and rows[0]["algorithm"] == "ERM" and float(rows[0]["mean"]) == pytest.approx(55)
     assert float(rows[0]["stderr"]) == pytest.approx(5 / math.sqrt(2)) and rows[0]["n"] == "2"
-    assert (rows[3]["column"], rows[3]["mean"], rows[3]["n"]) == ("photo", "", "0")
+    assert (rows[3]["column"], rows[3]["mean"], rows[3]["n"], rows[3]["in_domain"]) == ("photo", "", "0", "")
+    assert rows[4]["algorithm"] == "EoQ" and float(rows[4]["in_domain"]) == pytest.approx(75)  # on photo alone
 
 
 def test_collect_writes_all_formats(trained, tmp_path, capsys):
