@@ -136,11 +136,9 @@ def torchao(model: nn.Module, weight_bits: int, act_bits: int | None) -> nn.Modu
         raise Absent("fake-quantizes linear layers alone, and leaves convolutions float")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
-    from torchao.quantization.quant_primitives import TorchAODType
 
     def config(bits: int, granularity: str) -> IntxFakeQuantizeConfig:
-        dtype = torch.int8 if bits == 8 else getattr(TorchAODType, f"INT{bits}")
-        return IntxFakeQuantizeConfig(dtype, granularity)
+        return IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), granularity)
 
     quantize_(
         model,

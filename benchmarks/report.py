@@ -25,6 +25,8 @@ with one told to keep freed memory (`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_TH
 back to the system and pays for their pages again, which costs a composition of many operations most; the second shows
 the arithmetic and the memory traffic alone. On a GPU times are those of replayed CUDA graphs, but for training steps
 and for what cannot be captured.
+
+A peer that cannot run a case is listed with the reason; `pip install -e .[peers]` installs those that are packages.
 """
 NEVER_ON_A_GPU = """
 **No CUDA or Triton kernel of this version has been measured on a GPU yet.** They are tested under Triton's interpreter

@@ -62,7 +62,7 @@ def as_csv(tables: Sequence[Table]) -> str:
         for row in table.rows:
             for column in table.columns:
                 cell = row.cells.get(column)
+                inside = row.in_domain[column].mean if column in row.in_domain else ""
                 numbers = [cell.mean, cell.stderr, len(cell.trials)] if cell else ["", "", 0]
-                numbers.append(row.in_domain[column].mean if column in row.in_domain else "")
-                writer.writerow([table.title, row.label, row.selection, column, *numbers])
+                writer.writerow([table.title, row.label, row.selection, column, *numbers, inside])
     return out.getvalue()

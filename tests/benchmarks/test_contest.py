@@ -83,3 +83,16 @@ def test_gates_run(name, monkeypatch):
     monkeypatch.setattr(gate, "ROUNDS", 2)
     make, _ = gate.GATES[name]
     assert gate.ratio(make()) > 0
+
+
+@pytest.mark.parametrize(("least", "failed"), [(2.0, []), (4.0, ["one: 3.00 < 4.0"])])
+def test_a_gate_fails_below_its_bound(monkeypatch, least, failed):
+    monkeypatch.setattr(gate, "has_vnni", lambda: True)
+    monkeypatch.setattr(gate, "ratio", lambda pair: 3.0)
+    monkeypatch.setattr(gate, "GATES", {"one": (lambda: None, least)})
+    assert gate.check() == failed
+
+
+def test_no_gate_on_other_cpus(monkeypatch, capsys):
+    monkeypatch.setattr(gate, "has_vnni", lambda: False)
+    assert gate.check() == [] and "without AVX-512 VNNI" in capsys.readouterr().out
