@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .convert import quantized_layers
-from .fusion import CannotStack, FusionReport, eval_mode, stack_members
+from .fusion import FusionReport, eval_mode, stack_members
 from .integer import IntegerReport, Method, to_integer_
 from .layers import QConv2d, QuantizedWeight
 from .packed_layers import PackedConv2d, PackedLinear
+from .tracing import CannotStack
 
 Combine = Literal["logits", "probs"]
 
