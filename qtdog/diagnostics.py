@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qtdog.config import DiagnosticsConfig
-from qtdog.errors import UserError
 from qtdog.pictures import csv_text, save_picture
 from qtdog.presets import METHODS
 from qtdog.probe import run_label
 from qtdog.runs import Log, ModelCard, find_runs, read_card, read_records
 from qtdog.tables import Cell
+from qtdog.variants import described, settings_of, telling
 
 FLOAT_BITS = 32
 LEGEND = 12  # lines of a panel that a legend can name
@@ -154,7 +154,7 @@ class Point:
 
 
 def accuracy_points(cards: Mapping[Path, ModelCard], log: Log) -> list[Point]:
-    """A point for each data set, method and bits.
+    """A point for each data set, method or variant of it, and bits.
 
     A trial's value is the mean over targets of the mean over seeds; it counts if it has all targets that its method
     was run on. Of several hyper-parameters those with the best source validation count.
@@ -162,8 +162,7 @@ def accuracy_points(cards: Mapping[Path, ModelCard], log: Log) -> list[Point]:
     accuracies: dict[Kind, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     sizes: dict[Kind, list[int]] = defaultdict(list)
     floats, targets = {}, defaultdict(set)
-    for card in best_hparams(cards):
-        kind = kind_of(card)
+    for kind, card in best_hparams(cards):
         accuracies[kind][card.run.trial_seed][card.target].append(100 * card.target_accuracy)
         sizes[kind].append(card.nbytes)
         floats[kind] = card.float_nbytes
@@ -182,26 +181,26 @@ def accuracy_points(cards: Mapping[Path, ModelCard], log: Log) -> list[Point]:
     return points
 
 
-def kind_of(card: ModelCard) -> Kind:
-    """(data set, method, bits of weights, of inputs)."""
-    q = card.quantization or {"weight_bits": FLOAT_BITS, "act_bits": None}
-    return card.dataset, METHODS[card.run.method].label, q["weight_bits"], q["act_bits"] or FLOAT_BITS
-
-
-def best_hparams(cards: Mapping[Path, ModelCard]) -> list[ModelCard]:
-    """For each data set, method, bits, trial, target and seed the run with the best source validation."""
-    best: dict[tuple[Any, ...], ModelCard] = {}
-    seen: dict[tuple[Any, ...], Path] = {}
+def kinds_of(cards: Mapping[Path, ModelCard]) -> dict[Path, Kind]:
+    """(data set, method or variant of it, bits of weights, of inputs) of each run."""
+    names = telling((folder, card.dataset, card.run) for folder, card in cards.items())
+    kinds = {}
     for folder, card in cards.items():
-        place = (*kind_of(card), card.run.trial_seed, card.target, card.run.seed)
-        other = seen.setdefault((*place, card.run.hparams_seed), folder)
-        if other != folder:
-            raise UserError(
-                f"{other} and {folder} have the same method, bits, target, trial, seed and hyper-parameter seed: "
-                "name their folders apart"
-            )
-        if place not in best or card.source_validation_accuracy > best[place].source_validation_accuracy:
-            best[place] = card
+        others = [name for name in names[card.run.method] if name not in ("weight_bits", "act_bits")]
+        method = ", ".join(filter(None, [METHODS[card.run.method].label, described(settings_of(card.run), others)]))
+        q = card.quantization or {"weight_bits": FLOAT_BITS, "act_bits": None}
+        kinds[folder] = (card.dataset, method, q["weight_bits"], q["act_bits"] or FLOAT_BITS)
+    return kinds
+
+
+def best_hparams(cards: Mapping[Path, ModelCard]) -> list[tuple[Kind, ModelCard]]:
+    """For each kind, trial, target and seed the run with the best source validation."""
+    best: dict[tuple[Any, ...], tuple[Kind, ModelCard]] = {}
+    for folder, kind in kinds_of(cards).items():
+        card = cards[folder]
+        place = (kind, card.run.trial_seed, card.target, card.run.seed)
+        if place not in best or card.source_validation_accuracy > best[place][1].source_validation_accuracy:
+            best[place] = (kind, card)
     return list(best.values())
 
 

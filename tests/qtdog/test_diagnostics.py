@@ -78,11 +78,12 @@ def copy_of(run, place, bits, accuracy, **settings):
     shutil.copytree(run, place)
     card = json.loads((place / "model.json").read_text())
     card["quantization"] = qk.QConfig(weight_bits=bits).to_dict()
-    card["accuracies"]["env0_in_acc"] = accuracy
     card["nbytes"] = 1000 * bits
     card["target"] = settings.pop("target", card["target"])
     card["source_validation_accuracy"] = settings.pop("validation", 0.5)
+    card["config"]["quantization"] |= {"weight_bits": bits, "qat_mode": settings.pop("qat_mode", "qat")}
     card["config"].update(settings)
+    card["accuracies"][f"env{card['config']['test_env']}_in_acc"] = accuracy
     (place / "model.json").write_text(json.dumps(card))
     return place
 
@@ -109,7 +110,7 @@ def test_trials_without_all_targets_do_not_count(trained, tmp_path):
     run, told = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed0", []
     folders = [
         copy_of(run, tmp_path / "a", 4, 0.5),
-        copy_of(run, tmp_path / "b", 4, 0.7, target="15"),
+        copy_of(run, tmp_path / "b", 4, 0.7, target="15", test_env=1),
         copy_of(run, tmp_path / "c", 4, 0.9, trial_seed=1),
         copy_of(run, tmp_path / "d", 3, 0.9),
     ]
@@ -126,6 +127,9 @@ def test_of_several_hyper_parameters_the_validated_ones_count(trained, tmp_path)
     ]
     (point,) = accuracy_points({folder: read_card(folder) for folder in folders}, print)
     assert point.accuracy == pytest.approx(50)
-    folders.append(copy_of(run, tmp_path / "c", 4, 0.5))
-    with pytest.raises(UserError, match="name their folders apart"):
+    folders.append(copy_of(run, tmp_path / "c", 4, 0.5, validation=0.3, qat_mode="rtn-frozen"))
+    points = accuracy_points({folder: read_card(folder) for folder in folders}, print)
+    assert [point.method for point in points] == ["QT-DoG, qat-mode qat", "QT-DoG, qat-mode rtn-frozen"]
+    folders.append(copy_of(run, tmp_path / "d", 4, 0.5))
+    with pytest.raises(UserError, match="collect their folders apart"):
         accuracy_points({folder: read_card(folder) for folder in folders}, print)
