@@ -54,15 +54,21 @@ def make_ensembles(config: EnsembleConfig) -> list[Path]:
     for folder, card in runs:
         variant = described(settings_of(card.run), names[card.run.method])
         groups[card.dataset, card.run.method, variant, card.target, card.run.trial_seed].append((folder, card))
-    several = {key: best_draws(members) for key, members in groups.items()}
-    for key, members in [*several.items()]:
+    several: dict[tuple[str, str, str, str, int], list[Member]] = {}
+    for key, members in sorted((key, best_draws(members)) for key, members in groups.items()):
+        dataset, method, variant, target, trial = key
+        what = f"{' '.join(filter(None, [method, variant]))} on {dataset}, target {target}, trial {trial}"
         if len(members) == 1:
-            dataset, method, variant, target, trial = key
-            told = " ".join(filter(None, [method, variant]))
-            log(f"one run of {told} on {dataset}, target {target}, trial {trial}: no ensemble of one")
-            del several[key]
+            log(f"one run of {what}: no ensemble of one")
+        elif config.integer != "none" and members[0][1].quantization is None:
+            log(f"{what} is float: no integer activations for it")
+        else:
+            several[key] = members
     if not several:
-        raise UserError("no two runs share data set, method, settings, target and trial: train more --seeds")
+        quantized = "" if config.integer == "none" else "quantized "
+        raise UserError(
+            f"no two {quantized}runs share data set, method, settings, target and trial: train more --seeds"
+        )
     written = []
     loaded: dict[tuple[Any, ...], DomainSet] = {}
     for (_, _, variant, _, _), members in several.items():
@@ -132,8 +138,6 @@ def ensemble(
     if card.quantization is not None:
         packed = pack_members(models, card, config.combine)
         log(textwrap.indent(str(packed.report), "  "))
-    elif config.integer != "none":
-        raise UserError(f"--integer {config.integer} is for quantized members; those of {run.method} are float")
     parts = domain_parts(run, dataset)
     wanted = [f"env{run.test_env}_in"] + [f"env{env}_out" for env in (run.test_env, *sources(run, dataset))]
     workers = pick_workers(config.num_workers, card.preprocessing is not None)

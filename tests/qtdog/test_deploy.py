@@ -129,7 +129,9 @@ def test_integer_activations_need_quantized_members(trained, digits_dir, tmp_pat
     card["config"]["seed"] = 1
     (second / "model.json").write_text(json.dumps(card))
     assert main(["ensemble", str(runs), "--integer", "mse", "--device", "cpu"]) == 2
-    assert "those of erm are float" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "erm on RotatedMNIST, target 0, trial 0 is float: no integer activations" in told.out
+    assert "no two quantized runs share" in told.err
     assert main(["ensemble", str(runs), "--device", "cpu"]) == 0
     assert not list(runs.rglob("packed"))
 
