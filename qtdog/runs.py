@@ -12,6 +12,8 @@ Files are written beside themselves and then renamed, so that a kill leaves the 
 """
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +65,10 @@ class Log:
         if not is_first():
             return
         with tqdm.external_write_mode():
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # who was reading has left, as `| head` does; the work goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as out:
                 out.write(text + "\n")

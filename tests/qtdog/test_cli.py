@@ -82,6 +82,15 @@ def test_exit_codes_of_the_process(tmp_path):
     assert unexpected.returncode == 1 and "ZeroDivisionError" in unexpected.stderr
 
 
+def test_nobody_reads_the_output_to_its_end(trained, tmp_path):
+    """`qtdog collect runs | true` still writes its files."""
+    command = [sys.executable, "-m", "qtdog", "collect", str(trained), "--output-dir", str(tmp_path / "tables")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert (tmp_path / "tables" / "table.json").is_file()
+
+
 def test_interrupt_tells_how_to_resume(monkeypatch, capsys):
     def interrupt(config):
         raise KeyboardInterrupt
