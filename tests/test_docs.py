@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -82,8 +83,9 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(c[0] == "qtdog" for c in commands(p))], ids=lambda p: p.stem)
 def test_qtdog_commands_run(page, pictures, digits, tmp_path, monkeypatch, request):
-    if page.stem == "results":
-        pytest.skip("takes the shared images and weights, see tests/qtdog/test_cli.py")
+    if page.stem == "results":  # on other pictures, with another network
+        shutil.copytree(ROOT / "docs" / "results", tmp_path / "docs" / "results")
+        (tmp_path / "icon_styles").symlink_to(tmp_path / "pictures")
     if page.stem == "data":
         request.getfixturevalue("pacs")
     monkeypatch.chdir(tmp_path)
@@ -99,7 +101,13 @@ def test_qtdog_commands_run(page, pictures, digits, tmp_path, monkeypatch, reque
         if "RotatedMNIST" in command:
             command += ["--data-dir", "digits"]
         if command[1] == "sweep":
-            command += shlex.split(SMALL + " --switch-step 1 --n-trials 1 --members 2")
+            command += shlex.split(SMALL + " --n-trials 1 --members 2 --test-envs 0 --jobs 1")
+            if not {"swad", "eoa", "sma"} & set(command):
+                command += ["--switch-step", "1"]
+        if {"eoa", "sma"} & set(command):
+            command += ["--average-start", "1"]
+        if {"tf_efficientnet_lite0", "docs/results/icon_styles.yaml", "docs/results/ablation.yaml"} & set(command):
+            command += shlex.split("--backbone test_efficientnet --weights none --image-size 32 --test-envs 0")
         command += shlex.split(MEASURE.get(command[1], ""))
         monkeypatch.setattr(sys, "argv", command)
         assert main(command[1:]) in (0, None), command
