@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent
@@ -87,7 +88,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axis.axvline(1, color="gray", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlim=(0.1, 10), xlabel="size / size of one float model", ylabel="target accuracy, %")
     axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    with matplotlib.rc_context({"svg.hashsalt": "qtdog"}):  # the same file for the same results
+        figure.savefig(file, metadata={"Date": None})
 
 
 def erm_beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,7 +160,6 @@ def page() -> str:
         (result,) = content["tables"]
         parts += [text(name), table(result), "", notes(result, content["date"][:10]), ""]
         if name == "icon_styles":
-            plot(result, RESULTS / "accuracy.svg")
             parts += ["![Target accuracy against size, a point a method](results/accuracy.svg)", ""]
     content = json.loads((RESULTS / "ablation.json").read_text())
     parts += [text("ablation"), table(content["tables"][0]), "", f"Measured {content['date'][:10]}.", ""]
@@ -174,9 +175,8 @@ def text(name: str) -> str:
     return (RESULTS / f"{name}.md").read_text()
 
 
-def short_table() -> str:
-    """For the README: averages over the targets, and sizes, of the icon styles."""
-    (result,) = json.loads((RESULTS / "icon_styles.json").read_text())["tables"]
+def short_table(result: dict[str, Any]) -> str:
+    """For the README: averages over the targets, and sizes."""
     lines = ["| | target domain, % | in-domain, % | size |", "|---|---:|---:|---:|"]
     for row in result["rows"]:
         average, inside = (averages(row[cells], result["domains"]) for cells in ("cells", "in_domain"))
@@ -186,17 +186,22 @@ def short_table() -> str:
     return "\n".join(lines)
 
 
+def readme(old: str, result: dict[str, Any]) -> str:
+    """The README with the present table."""
+    block = f"<!-- results -->\n{short_table(result)}\n<!-- /results -->"
+    return re.sub("<!-- results -->.*<!-- /results -->", lambda _: block, old, flags=re.DOTALL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs=2, metavar=("PATH", "NAME"), help="take over results")
     arguments = parser.parse_args()
     if arguments.add:
         add(Path(arguments.add[0]), arguments.add[1])
+    (icon_styles,) = json.loads((RESULTS / "icon_styles.json").read_text())["tables"]
+    plot(icon_styles, RESULTS / "accuracy.svg")
     (DOCS / "results.md").write_text(page())
-    block = f"<!-- results -->\n{short_table()}\n<!-- /results -->"
-    README.write_text(
-        re.sub("<!-- results -->.*<!-- /results -->", lambda _: block, README.read_text(), flags=re.DOTALL)
-    )
+    README.write_text(readme(README.read_text(), icon_styles))
 
 
 if __name__ == "__main__":
