@@ -36,12 +36,18 @@ def cache_bytes(device: str) -> int:
 
 
 def commit() -> str:
-    """The commit of this checkout, and whether files differ from it; QTDOG_COMMIT where git cannot tell."""
+    """The commit of this checkout, and whether what runs differs from it; QTDOG_COMMIT where git cannot tell."""
     if (told := os.environ.get("QTDOG_COMMIT")) or shutil.which("git") is None:
         return told or "unknown"
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    sources = [
+        "--",
+        ":/",
+        ":(exclude,top)benchmarks/results",
+        ":(exclude,top)docs",
+    ]  # these a measurement itself writes
+    changed = subprocess.run([*git, "status", "--porcelain", *sources], capture_output=True, text=True, check=False)
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "") if head.stdout else "unknown"
 
 

@@ -5,6 +5,7 @@
 
 #include "../numerics.h"
 #include "elements.h"
+#include "huge_pages.h"
 #include "work.h"
 
 #include <torch/csrc/stable/library.h>
@@ -230,6 +231,7 @@ Tensor fake_quantize(
   scale = dense(scale);
   if (offset) offset = dense(*offset);
   Tensor y = empty_as(x, out_dtype);
+  prefer_huge_pages(y);
   run_forward({make_job(x, y, scale, offset, qmin, qmax, axis)}, x.scalar_type(), out_dtype);
   return y;
 }
@@ -250,6 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
   scale = dense(scale);
   if (offset) offset = dense(*offset);
   Tensor grad_x = empty_as(x, x.scalar_type());
+  prefer_huge_pages(grad_x);
   Job job = make_job(x, grad_x, scale, offset, qmin, qmax, axis);
   job.grad = grad.data_ptr();
   const std::vector<Sums> sums = run_backward({job}, x.scalar_type(), grad.scalar_type(), aten_edge);

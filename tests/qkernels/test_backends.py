@@ -318,6 +318,23 @@ def test_long_sums_stay_accurate():
     assert_sums(grad_scale, exact.scale, exact.scale_magnitude, scale)
 
 
+def test_results_too_large_for_malloc_to_reuse():
+    """40 MB: written around the caches, on pages of 2 MiB."""
+    if backend.name != "cpp":
+        pytest.skip("the C++ CPU kernels' own")
+    x, grad = torch.randn(5, 2_000_003), torch.randn(5, 2_000_003)
+    scale = torch.rand(5) + 0.01
+    arguments = (-8, 7, 0, 1.0, False)
+    assert_same(
+        backend.fake_quantize(x, scale, None, *arguments, torch.float32),
+        reference.fake_quantize(x, scale, None, *arguments, torch.float32),
+    )
+    result = backend.fake_quantize_backward(grad, x, scale, None, *arguments, True)
+    expected = reference.fake_quantize_backward(grad, x, scale, None, *arguments, True)
+    assert_same(result[0], expected[0])
+    torch.testing.assert_close(result[1], expected[1], rtol=1e-4, atol=1e-2)
+
+
 def test_matrix_tiles_cover_every_element_once():
     if backend.name != "triton":
         pytest.skip("Triton's own")
