@@ -6,7 +6,6 @@
 //
 // Scratch of a thread: C_out * taps weights.
 
-#include "cpu_isa.h"
 #include "elements.h"
 #include "packed_conv2d.h"
 #include "packed_weights.h"
@@ -189,7 +188,7 @@ void convolve(
 void convolve_depthwise(
     const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
 #if defined(__x86_64__)
-  if (use_avx512()) return convolve(&avx512_tile<Codes, uint8_t, int32_t>, image, sizes, weights, e);
+  if (e.isa == Isa::avx512vnni) return convolve(&avx512_tile<Codes, uint8_t, int32_t>, image, sizes, weights, e);
 #endif
   convolve(&portable_tile<uint8_t, int32_t>, image, sizes, weights, e);
 }
@@ -197,7 +196,7 @@ void convolve_depthwise(
 void convolve_depthwise(
     const Image<float>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
 #if defined(__x86_64__)
-  if (use_avx512()) return convolve(&avx512_tile<Floats, float, float>, image, sizes, weights, e);
+  if (e.isa == Isa::avx512vnni) return convolve(&avx512_tile<Floats, float, float>, image, sizes, weights, e);
 #endif
   convolve(&portable_tile<float, float>, image, sizes, weights, e);
 }

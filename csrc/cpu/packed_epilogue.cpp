@@ -3,7 +3,6 @@
 #include "packed_epilogue.h"
 
 #include "../numerics.h"
-#include "cpu_isa.h"
 #include "elements.h"
 
 #include <torch/headeronly/util/Exception.h>
@@ -211,7 +210,7 @@ bool finish_codes(
     const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t at) {
 #if defined(__x86_64__)
   const bool codes = e.out_scale != nullptr && (e.residual == nullptr || e.residual_scale != nullptr);
-  if (!codes || e.activation == Activation::silu || !block.avx512) return false;
+  if (!codes || e.activation == Activation::silu || e.isa != Isa::avx512vnni) return false;
   const Requantizer q(block.out_scale, e.qmin, e.qmax);
   uint8_t* out = static_cast<uint8_t*>(e.out) + at;
   with_residual(e, at, [&](const auto* residual) {
@@ -233,8 +232,7 @@ Activation activation_named(std::string_view name) {
   return Activation::silu;
 }
 
-ChannelBlock::ChannelBlock(const Epilogue& e, int64_t member, int64_t first, int64_t n)
-    : count(n), avx512(use_avx512()) {
+ChannelBlock::ChannelBlock(const Epilogue& e, int64_t member, int64_t first, int64_t n) : count(n) {
   for (int64_t c = 0; c < n; ++c) {
     const int64_t i = member * e.channels + first + c;
     multiplier[c] = e.x_scale ? e.scale[i] * e.x_scale[member] : e.scale[i];

@@ -1,6 +1,8 @@
 // What follows the sums of a packed convolution: scale, bias, residual, activation, and codes again.
 #pragma once
 
+#include "cpu_isa.h"
+
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
@@ -31,6 +33,7 @@ struct Epilogue {
   ScalarType out_dtype;
   const float* out_scale;
   float qmin, qmax;
+  Isa isa = cpu_isa();  // of all kernels of this call
 };
 
 // The constants of `count` channels of a member from `first` upward, gathered once for many tiles.
@@ -38,7 +41,6 @@ struct ChannelBlock {
   ChannelBlock(const Epilogue& e, int64_t member, int64_t first, int64_t count);
 
   int64_t count;
-  bool avx512;
   alignas(64) float multiplier[kBlockChannels], bias[kBlockChannels];
   float residual_scale, out_scale;
 };

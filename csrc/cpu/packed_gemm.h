@@ -23,13 +23,19 @@
 
 namespace qkernels {
 
-constexpr int64_t kLanes = 16;                                 // output channels in a register
-constexpr int64_t kMostVectors = kBlockChannels / kLanes;      // registers of output channels in a tile
-constexpr int64_t kTilePixels[kMostVectors] = {12, 12, 8, 6};  // pixels of a tile with 1..4 registers of channels
-constexpr int64_t kMostPixels = 12;
-constexpr int64_t kPanelBytes = 384 << 10;                     // that a block of several panels has at most
-constexpr int64_t kRoomBehind = 64;                            // bytes behind codes that may be read
-constexpr int64_t kGrainProducts = 1 << 19;                    // fewer are not worth waking a thread for
+constexpr int64_t kLanes = 16;                             // output channels in a vector
+constexpr int64_t kMostVectors = kBlockChannels / kLanes;  // vectors of output channels in a tile
+constexpr int64_t kMostPixels = 24;
+constexpr int64_t kPanelBytes = 384 << 10;                 // that a block of several panels has at most
+constexpr int64_t kRoomBehind = 64;                        // bytes behind codes that may be read
+constexpr int64_t kGrainProducts = 1 << 19;                // fewer are not worth waking a thread for
+
+// How large tiles are: up to `most_vectors` wide, and at most pixels[v - 1] high with v vectors.
+struct TileSizes {
+  int64_t most_vectors;
+  int64_t pixels[kMostVectors];
+};
+constexpr TileSizes kWideTiles{4, {12, 12, 8, 6}};  // at most 24 vectors of sums
 
 // One tile: sums[r][c] = start[c] + sum over runs t and elements k of pixels[r][runs[t] + k] * panel[t][k][c].
 template <class X, class Weight, class Sum>
@@ -51,14 +57,14 @@ struct Gemm {
   using Arguments = TileArguments<X, Weight, Sum>;
   static constexpr int64_t kStep = kStep_;
 
-  // The microkernel for 1..kTilePixels[vectors - 1] pixels and 1..4 registers of channels.
-  using Tile = void (*)(const Arguments&);
-  using Choose = Tile (*)(int64_t pixels, int64_t vectors);
+  // Computes a tile of that many pixels and vectors.
+  using Run = void (*)(const Arguments&, int64_t pixels, int64_t vectors);
   // Writes 16 channels' codes, rows [channels][steps * kStep] that lie `stride` apart, into their lanes of the panel;
   // may read kRoomBehind bytes behind them.
   using Fill = void (*)(const int8_t* rows, int64_t stride, int64_t steps, int64_t vectors, Weight* lanes);
 
-  Choose choose;
+  TileSizes sizes;
+  Run run;
   Fill fill;
 };
 
@@ -113,17 +119,17 @@ class Windows {
 
 // How the output channels of a group are cut: into panels of a multiple of 16 channels, and blocks of panels.
 struct ChannelCut {
-  int64_t channels, panel_channels, panels, block_panels, blocks;
+  int64_t channels, panel_channels, panels, block_panels, blocks, tile_pixels;
 
-  ChannelCut(int64_t group_channels, int64_t channel_bytes) : channels(group_channels) {
+  ChannelCut(const TileSizes& sizes, int64_t group_channels, int64_t channel_bytes) : channels(group_channels) {
     const int64_t vectors = (channels + kLanes - 1) / kLanes;
-    panels = (vectors + kMostVectors - 1) / kMostVectors;
+    panels = (vectors + sizes.most_vectors - 1) / sizes.most_vectors;
     panel_channels = (vectors + panels - 1) / panels * kLanes;
     panels = (channels + panel_channels - 1) / panel_channels;
     block_panels = std::clamp<int64_t>(kPanelBytes / (panel_channels * channel_bytes), 1, panels);
     blocks = (panels + block_panels - 1) / block_panels;
+    tile_pixels = sizes.pixels[panel_channels / kLanes - 1];
   }
-  int64_t tile_pixels() const { return kTilePixels[panel_channels / kLanes - 1]; }
 };
 
 // The weights of some channels as the microkernel reads them: [steps][16 * vectors][kStep], zeros where a group's
@@ -192,8 +198,8 @@ void convolve(
     const G& gemm, const Image<typename G::X>& image, const Sizes& s, const PackedWeights& packed, const Epilogue& e) {
   const Runs runs(image, s);
   const int64_t channel_weights = runs.elements();
-  const ChannelCut cut(s.out_channels / s.groups, channel_weights * sizeof(typename G::Weight));
-  const int64_t pixels = s.out_pixels(), height = cut.tile_pixels(), tiles = (pixels + height - 1) / height;
+  const ChannelCut cut(gemm.sizes, s.out_channels / s.groups, channel_weights * sizeof(typename G::Weight));
+  const int64_t pixels = s.out_pixels(), height = cut.tile_pixels, tiles = (pixels + height - 1) / height;
   const int64_t products = height * cut.block_panels * cut.panel_channels * channel_weights;
 
   const auto run_tiles = [&](int64_t begin, int64_t end) {
@@ -223,7 +229,7 @@ void convolve(
         for (const Panel<G>& panel : panels) {
           tile.panel = panel.weights;
           tile.start = panel.start;
-          gemm.choose(n, panel.vectors)(tile);
+          gemm.run(tile, n, panel.vectors);
           finish(e, panel.constants, sums, kBlockChannels, n, (member * pixels + pixel) * e.channels + panel.first);
         }
       }
@@ -234,24 +240,24 @@ void convolve(
       0, s.members * s.groups * cut.blocks * tiles, std::max<int64_t>(1, kGrainProducts / products), run_tiles);
 }
 
-// A table of microkernels: Tiles<Tile>::choose(pixels, vectors) is Tile<pixels, vectors>::run.
-template <template <int, int> class Tile, class Function>
-struct Tiles {
+// A table of wide tiles: WideTiles<Tile, Arguments>::run(a, pixels, vectors) is Tile<pixels, vectors>::run(a).
+template <template <int, int> class Tile, class Arguments>
+struct WideTiles {
   template <int V, int... R>
-  static Function of_pixels(int64_t pixels, std::integer_sequence<int, R...>) {
-    static constexpr Function table[] = {&Tile<R + 1, V>::run...};
-    return table[pixels - 1];
+  static void run_pixels(const Arguments& a, int64_t pixels, std::integer_sequence<int, R...>) {
+    static constexpr void (*table[])(const Arguments&) = {&Tile<R + 1, V>::run...};
+    table[pixels - 1](a);
   }
   template <int V>
-  static Function of(int64_t pixels) {
-    return of_pixels<V>(pixels, std::make_integer_sequence<int, kTilePixels[V - 1]>());
+  static void run_vectors(const Arguments& a, int64_t pixels) {
+    run_pixels<V>(a, pixels, std::make_integer_sequence<int, kWideTiles.pixels[V - 1]>());
   }
-  static Function choose(int64_t pixels, int64_t vectors) {
+  static void run(const Arguments& a, int64_t pixels, int64_t vectors) {
     switch (vectors) {
-      case 1: return of<1>(pixels);
-      case 2: return of<2>(pixels);
-      case 3: return of<3>(pixels);
-      default: return of<4>(pixels);
+      case 1: return run_vectors<1>(a, pixels);
+      case 2: return run_vectors<2>(a, pixels);
+      case 3: return run_vectors<3>(a, pixels);
+      default: return run_vectors<4>(a, pixels);
     }
   }
 };

@@ -1,11 +1,12 @@
 // Microkernels of the convolution with float activations: float32 input times codes, widened to float32 in the panel.
 //
-// AVX-512 multiplies and adds 16 pairs an instruction; tiles are those of the integer kernels.
+// AVX-512 multiplies and adds 16 pairs an instruction, AVX2 8; tiles are those of the integer kernels.
 
-#include "cpu_isa.h"
 #include "elements.h"
+#include "packed_fill_avx2.h"
 #include "packed_fill_avx512.h"
 #include "packed_gemm.h"
+#include "packed_tile_avx2.h"
 
 namespace qkernels {
 namespace {
@@ -35,6 +36,18 @@ struct PortableTile {
 };
 
 #if defined(__x86_64__)
+struct FloatProducts {
+  using Inputs = __m256;
+  using Weights = __m256;
+  using Sums = __m256;
+
+  QK_AVX2 static Inputs load_inputs(const float* x) { return _mm256_broadcast_ss(x); }
+  QK_AVX2 static Weights load_weights(const float* p) { return _mm256_load_ps(p); }
+  QK_AVX2 static Sums load_sums(const float* p) { return _mm256_load_ps(p); }
+  QK_AVX2 static Sums multiply_add(Inputs x, Weights weights, Sums sums) { return _mm256_fmadd_ps(x, weights, sums); }
+  QK_AVX2 static void store(float* p, Sums sums) { _mm256_store_ps(p, sums); }
+};
+
 template <int R, int V>
 struct Avx512Tile {
   QK_AVX512 static void run(const Arguments& a) {
@@ -68,17 +81,20 @@ struct Avx512Tile {
 };
 #endif
 
-FloatGemm best_gemm() {
+FloatGemm gemm_of(Isa isa) {
+  switch (isa) {
 #if defined(__x86_64__)
-  if (use_avx512()) return {&Tiles<Avx512Tile, FloatGemm::Tile>::choose, &fill_floats_avx512};
+    case Isa::avx512vnni: return {kWideTiles, &WideTiles<Avx512Tile, Arguments>::run, &fill_floats_avx512};
+    case Isa::avx2: return {kAvx2Tiles, &Avx2Tile<FloatGemm, FloatProducts>::run, &fill_floats_avx2};
 #endif
-  return {&Tiles<PortableTile, FloatGemm::Tile>::choose, &fill};
+    default: return {kWideTiles, &WideTiles<PortableTile, Arguments>::run, &fill};
+  }
 }
 
 }  // namespace
 
 void convolve_floats(const Image<float>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
-  convolve(best_gemm(), image, sizes, weights, e);
+  convolve(gemm_of(e.isa), image, sizes, weights, e);
 }
 
 }  // namespace qkernels

@@ -16,19 +16,28 @@ from hypothesis import strategies as st
 from packed_oracle import FLOAT32_UNIT, Window
 from test_backends import DTYPES, Backend, why_not
 
+from qkernels import _codec
 from qkernels.packed_ops import Geometry, packed_bytes
 
 backend = Backend("reference")
 
 
-@pytest.fixture(params=["reference", "cpp", "cpp-portable", "cuda", "triton"], autouse=True)
+# C++ with the kernels of every instruction set that this CPU has, and the others.
+ISAS = ("portable", "avx2", "avx512vnni")
+BACKENDS = ("reference", *(f"cpp-{isa}" for isa in ISAS), "cuda", "triton")
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
 def each_backend(request, monkeypatch):
     global backend
-    if (why := why_not(request.param.split("-")[0])) is not None:
+    name, _, isa = request.param.partition("-")
+    if (why := why_not(name)) is not None:
         pytest.skip(why)
-    if request.param == "cpp-portable":
-        monkeypatch.setenv("QKERNELS_CPU_ISA", "portable")
-    backend = Backend(request.param.removesuffix("-portable"))
+    if isa:
+        if isa not in ("portable", *_codec.cpu_features()):
+            pytest.skip(f"this CPU lacks {isa}")
+        monkeypatch.setenv("QKERNELS_CPU_ISA", isa)
+    backend = Backend(name)
 
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -439,12 +448,13 @@ def test_larger_convolutions(name, shared):
     check_int8(layer, rng, Codes(torch.int8, None, torch.int8, (-128, 127)))
 
 
-def test_extreme_codes_do_not_saturate():
-    """Products of 255 or -128 with -128, all of one sign: pairs of them overflow 16 bits, sums do not."""
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_extreme_codes_do_not_saturate(bits):
+    """Products of 255 or -128 with the least weight, all of one sign: sums of a few overflow 16 bits, not 32."""
     rng = np.random.default_rng(0)
-    layer = make_layer(rng, 8, 1, 1, (64, 3, 3), 32, Geometry((3, 3), padding=(1, 1, 1, 1)), True, bias=False)
-    codes = np.full_like(layer.codes, -128)
-    layer = layer._replace(codes=codes, packed=laid_out(oracle.pack(codes, 8)[None]))
+    layer = make_layer(rng, bits, 1, 1, (64, 3, 3), 32, Geometry((3, 3), padding=(1, 1, 1, 1)), True, bias=False)
+    codes = np.full_like(layer.codes, -(2 ** (bits - 1)))
+    layer = layer._replace(codes=codes, packed=laid_out(oracle.pack(codes, bits)[None]))
     one = laid_out(np.ones(1, np.float32))
     for dtype, value in ((torch.uint8, 255), (torch.int8, -128), (torch.int8, 127)):
         x = torch.full((1, 64, 3, 3), value, dtype=dtype, device=backend.device)
@@ -458,7 +468,7 @@ def test_extreme_codes_do_not_saturate():
             None,
             None,
             None,
-            8,
+            bits,
             *geometry,
             True,
             "none",
@@ -557,3 +567,19 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
         for actual in results[1:]:
             assert torch.equal(actual[0], results[0][0]) and torch.equal(actual[1], results[0][1])
+
+
+def test_an_instruction_set_that_cannot_be_had_is_an_error(monkeypatch):
+    if backend.name != "cpp":
+        pytest.skip("instruction sets are the C++ backend's")
+    layer = make_layer(np.random.default_rng(0), 7, 1, 1, (4, 1, 1), 4, Geometry(), True)
+    x = torch.zeros(1, 4, 1, 1)
+    lacking = [(isa, "cannot be had") for isa in ISAS[1:] if isa not in _codec.cpu_features()]
+    for isa, why in (("sse2", "choose one of portable, avx2, avx512vnni"), *lacking):
+        monkeypatch.setenv("QKERNELS_CPU_ISA", isa)
+        with pytest.raises(RuntimeError, match=f"QKERNELS_CPU_ISA.*{isa}.*{why}"):
+            backend.packed_conv2d(
+                x, layer.packed, layer.scale, None, None, 7, *layer.geometry.arguments, True, "none"
+            )
+        with pytest.raises(RuntimeError, match=f"QKERNELS_CPU_ISA.*{isa}.*{why}"):
+            backend.packed_gemv(x[:, :, 0, 0], layer.packed, layer.scale, None, 7, True, "none")
