@@ -14,7 +14,8 @@
 namespace qkernels {
 namespace {
 
-constexpr int64_t kMostRows = 12;  // pixels handled at a time
+constexpr int64_t kMostRows = 12;   // pixels handled at a time
+constexpr int64_t kCacheLine = 64;  // bytes
 
 struct NoResidual {};
 
@@ -48,11 +49,11 @@ QK_ALWAYS_INLINE float value(
 template <class Sum, class Residual>
 QK_VECTORIZED void values_of(
     const ChannelBlock& block, Bounds bounds, const Sum* sums, int64_t stride, const Residual* residual,
-    int64_t channels, int64_t rows, float* values) {
+    int64_t channels, int64_t rows, float* values, int64_t values_stride) {
   for (int64_t row = 0; row < rows; ++row) {
 #pragma omp simd
     for (int64_t c = 0; c < block.count; ++c)
-      values[row * kBlockChannels + c] = value(block, bounds, sums + row * stride, residual + row * channels, c);
+      values[row * values_stride + c] = value(block, bounds, sums + row * stride, residual + row * channels, c);
   }
 }
 
@@ -131,7 +132,7 @@ QK_VECTORIZED void store_rows(const float* values, int64_t n, int64_t rows, int6
 // The common epilogue, sums to codes, without a trip through memory: 16 channels of every row at a time. An activation
 // that clamps y clamps y / scale as well, at its bounds over scale.
 template <class Residual>
-QK_AVX512 void codes_of_sums(
+QK_AVX512 void codes_of_sums_avx512(
     const ChannelBlock& block, const Requantizer& q, Bounds bounds, const int32_t* sums, int64_t stride,
     const Residual* residual, int64_t channels, int64_t rows, uint8_t* out) {
   const __m512 scale = _mm512_set1_ps(q.scale), inverse = _mm512_set1_ps(q.inverse);
@@ -163,6 +164,55 @@ QK_AVX512 void codes_of_sums(
     }
   }
 }
+
+// The first n bytes at p, or all 8.
+QK_AVX2 inline __m128i load_bytes(const void* p, int64_t n) {
+  int64_t bytes = 0;
+  n >= 8 ? std::memcpy(&bytes, p, 8) : std::memcpy(&bytes, p, n);
+  return _mm_cvtsi64_si128(bytes);
+}
+
+QK_AVX2 inline void store_bytes(void* p, __m128i v, int64_t n) {
+  const int64_t bytes = _mm_cvtsi128_si64(v);
+  n >= 8 ? std::memcpy(p, &bytes, 8) : std::memcpy(p, &bytes, n);
+}
+
+// The same 8 channels at a time; of a last few, the others are computed and not stored.
+template <class Residual>
+QK_AVX2 void codes_of_sums_avx2(
+    const ChannelBlock& block, const Requantizer& q, Bounds bounds, const int32_t* sums, int64_t stride,
+    const Residual* residual, int64_t channels, int64_t rows, uint8_t* out) {
+  const __m256 scale = _mm256_set1_ps(q.scale), inverse = _mm256_set1_ps(q.inverse);
+  const __m256 low = _mm256_set1_ps(clamp(divide(bounds.low, q.scale), q.qmin, q.qmax));
+  const __m256 high = _mm256_set1_ps(clamp(divide(bounds.high, q.scale), q.qmin, q.qmax));
+  const __m256 residual_scale = _mm256_set1_ps(block.residual_scale), sign = _mm256_set1_ps(-0.0f);
+  for (int64_t c = 0; c < block.count; c += 8) {
+    const int64_t n = block.count - c;
+    const __m256 multiplier = _mm256_load_ps(block.multiplier + c), bias = _mm256_load_ps(block.bias + c);
+    for (int64_t row = 0; row < rows; ++row) {
+      const __m256i sum = _mm256_load_si256(reinterpret_cast<const __m256i*>(sums + row * stride + c));
+      __m256 v = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum), multiplier), bias);
+      if constexpr (is_code<Residual>) {
+        const __m128i bytes = load_bytes(residual + row * channels + c, n);
+        const __m256i codes =
+            std::is_same_v<Residual, int8_t> ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
+        v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_cvtepi32_ps(codes), residual_scale));
+      }
+      __m256 grid = _mm256_min_ps(high, _mm256_max_ps(low, _mm256_mul_ps(v, inverse)));
+      __m256 code = _mm256_round_ps(grid, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __m256 distance = _mm256_andnot_ps(sign, _mm256_sub_ps(grid, code));
+      if (_mm256_movemask_ps(_mm256_cmp_ps(distance, _mm256_set1_ps(kSure), _CMP_NLT_UQ))) {
+        grid = _mm256_min_ps(high, _mm256_max_ps(low, _mm256_div_ps(v, scale)));
+        code = _mm256_round_ps(grid, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        code = _mm256_blendv_ps(code, _mm256_set1_ps(q.of_nan), _mm256_cmp_ps(code, code, _CMP_UNORD_Q));
+      }
+      const __m256i low_bytes = _mm256_and_si256(_mm256_cvtps_epi32(code), _mm256_set1_epi32(255));
+      const __m128i words =
+          _mm_packus_epi32(_mm256_castsi256_si128(low_bytes), _mm256_extracti128_si256(low_bytes, 1));
+      store_bytes(out + row * channels + c, _mm_packus_epi16(words, words), n);
+    }
+  }
+}
 #endif
 
 // Calls f(pointer to the residual's element `at`, of its type).
@@ -178,10 +228,18 @@ void with_residual(const Epilogue& e, int64_t at, const F& f) {
   }
 }
 
+int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    default: return 1;
+  }
+}
+
 void store_values(const Epilogue& e, const ChannelBlock& block, const float* values, int64_t rows, int64_t at) {
   const int64_t n = block.count;
   switch (e.out_dtype) {
-    case ScalarType::Float: return store_rows(values, n, rows, e.channels, static_cast<float*>(e.out) + at);
     case ScalarType::BFloat16: return store_rows(values, n, rows, e.channels, static_cast<BFloat16*>(e.out) + at);
     case ScalarType::Half: return store_rows(values, n, rows, e.channels, static_cast<Float16*>(e.out) + at);
     default: {
@@ -194,15 +252,20 @@ void store_values(const Epilogue& e, const ChannelBlock& block, const float* val
 template <class Sum>
 void finish_rows(
     const Epilogue& e, const ChannelBlock& block, const Sum* sums, int64_t stride, int64_t rows, int64_t at) {
-  alignas(64) float values[kMostRows * kBlockChannels];
+  alignas(64) float scratch[kMostRows * kBlockChannels];
+  const bool in_place = e.out_dtype == ScalarType::Float;
+  const int64_t values_stride = in_place ? e.channels : kBlockChannels;
   for (int64_t done = 0; done < rows; done += kMostRows) {
     const int64_t m = std::min(kMostRows, rows - done), out = at + done * e.channels;
+    float* values = in_place ? static_cast<float*>(e.out) + out : scratch;
     with_residual(e, out, [&](const auto* residual) {
-      values_of(block, bounds_of(e.activation), sums + done * stride, stride, residual, e.channels, m, values);
+      values_of(
+          block, bounds_of(e.activation), sums + done * stride, stride, residual, e.channels, m, values,
+          values_stride);
     });
     if (e.activation == Activation::silu)
-      for (int64_t row = 0; row < m; ++row) silu(values + row * kBlockChannels, block.count);
-    store_values(e, block, values, m, out);
+      for (int64_t row = 0; row < m; ++row) silu(values + row * values_stride, block.count);
+    if (!in_place) store_values(e, block, values, m, out);
   }
 }
 
@@ -210,11 +273,13 @@ bool finish_codes(
     const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t at) {
 #if defined(__x86_64__)
   const bool codes = e.out_scale != nullptr && (e.residual == nullptr || e.residual_scale != nullptr);
-  if (!codes || e.activation == Activation::silu || e.isa != Isa::avx512vnni) return false;
+  if (!codes || e.activation == Activation::silu || e.isa == Isa::portable) return false;
   const Requantizer q(block.out_scale, e.qmin, e.qmax);
   uint8_t* out = static_cast<uint8_t*>(e.out) + at;
   with_residual(e, at, [&](const auto* residual) {
-    codes_of_sums(block, q, bounds_of(e.activation), sums, stride, residual, e.channels, rows, out);
+    using Residual = std::remove_cv_t<std::remove_pointer_t<decltype(residual)>>;
+    const auto run = e.isa == Isa::avx512vnni ? &codes_of_sums_avx512<Residual> : &codes_of_sums_avx2<Residual>;
+    run(block, q, bounds_of(e.activation), sums, stride, residual, e.channels, rows, out);
   });
   return true;
 #else
@@ -240,6 +305,14 @@ ChannelBlock::ChannelBlock(const Epilogue& e, int64_t member, int64_t first, int
   }
   residual_scale = e.residual_scale ? e.residual_scale[member] : 1.0f;
   out_scale = e.out_scale ? e.out_scale[member] : 1.0f;
+}
+
+void prefetch_results(const Epilogue& e, const ChannelBlock& block, int64_t rows, int64_t out) {
+  const int64_t size = bytes_of(e.out_dtype);
+  for (int64_t row = 0; row < rows; ++row) {
+    const char* results = static_cast<const char*>(e.out) + (out + row * e.channels) * size;
+    for (int64_t byte = 0; byte < block.count * size; byte += kCacheLine) __builtin_prefetch(results + byte, 1);
+  }
 }
 
 void finish(

@@ -45,6 +45,9 @@ struct ChannelBlock {
   float residual_scale, out_scale;
 };
 
+// Asks for the lines that finish() will write, so that they arrive while the sums are computed.
+void prefetch_results(const Epilogue& e, const ChannelBlock& block, int64_t rows, int64_t out);
+
 // Finishes `rows` pixels' sums, [rows, stride], whose outputs start at element `out` and lie e.channels apart.
 void finish(
     const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t out);

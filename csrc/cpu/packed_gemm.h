@@ -229,8 +229,10 @@ void convolve(
         for (const Panel<G>& panel : panels) {
           tile.panel = panel.weights;
           tile.start = panel.start;
+          const int64_t out = (member * pixels + pixel) * e.channels + panel.first;
+          prefetch_results(e, panel.constants, n, out);
           gemm.run(tile, n, panel.vectors);
-          finish(e, panel.constants, sums, kBlockChannels, n, (member * pixels + pixel) * e.channels + panel.first);
+          finish(e, panel.constants, sums, kBlockChannels, n, out);
         }
       }
       begin = last;
