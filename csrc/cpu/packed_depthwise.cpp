@@ -47,7 +47,7 @@ QK_VECTORIZED void portable_tile(const TileArguments<X, Sum>& a) {
 }
 
 #if defined(__x86_64__)
-struct Codes {
+struct Avx512Codes {
   using Register = __m512i;
   QK_AVX512 static Register load(const int32_t* p) { return _mm512_load_si512(p); }
   QK_AVX512 static Register load(__mmask16 used, const uint8_t* x) {
@@ -59,7 +59,7 @@ struct Codes {
   QK_AVX512 static void store(int32_t* p, Register v) { _mm512_store_si512(p, v); }
 };
 
-struct Floats {
+struct Avx512Floats {
   using Register = __m512;
   QK_AVX512 static Register load(const float* p) { return _mm512_load_ps(p); }
   QK_AVX512 static Register load(__mmask16 used, const float* x) { return _mm512_maskz_loadu_ps(used, x); }
@@ -82,6 +82,52 @@ QK_AVX512 void avx512_tile(const TileArguments<X, Sum>& a) {
     }
     for (int64_t r = 0; r < kPixels; ++r) Lanes::store(a.sums + r * kBlockChannels + c, sums[r]);
   }
+}
+
+struct Avx2Codes {
+  using Register = __m256i;
+  QK_AVX2 static Register load(const int32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+  QK_AVX2 static Register load(const uint8_t* x) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+  }
+  // A product of 16-bit halves is that of the lanes: the high half of x is zero.
+  QK_AVX2 static Register multiply_add(Register x, Register weight, Register sum) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(x, weight));
+  }
+  QK_AVX2 static void store(int32_t* p, Register v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
+};
+
+struct Avx2Floats {
+  using Register = __m256;
+  QK_AVX2 static Register load(const float* p) { return _mm256_loadu_ps(p); }
+  QK_AVX2 static Register multiply_add(Register x, Register weight, Register sum) {
+    return _mm256_fmadd_ps(x, weight, sum);
+  }
+  QK_AVX2 static void store(float* p, Register v) { _mm256_store_ps(p, v); }
+};
+
+// Two registers of channels at a time; the last few channels are left to portable_tile.
+template <class Lanes, class X, class Sum>
+QK_AVX2 void avx2_tile(const TileArguments<X, Sum>& a) {
+  int64_t c = 0;
+  for (; c + kLanes <= a.count; c += kLanes) {
+    typename Lanes::Register sums[kPixels][2];
+    for (int64_t r = 0; r < kPixels; ++r)
+      for (int64_t half = 0; half < 2; ++half) sums[r][half] = Lanes::load(a.start + c + 8 * half);
+    for (int64_t t = 0; t < a.taps; ++t) {
+      const Sum* weights = a.weights + t * kBlockChannels + c;
+      for (int64_t r = 0; r < kPixels; ++r) {
+        const X* x = a.inputs[t * kPixels + r] + a.first + c;
+        for (int64_t half = 0; half < 2; ++half)
+          sums[r][half] =
+              Lanes::multiply_add(Lanes::load(x + 8 * half), Lanes::load(weights + 8 * half), sums[r][half]);
+      }
+    }
+    for (int64_t r = 0; r < kPixels; ++r)
+      for (int64_t half = 0; half < 2; ++half) Lanes::store(a.sums + r * kBlockChannels + c + 8 * half, sums[r][half]);
+  }
+  if (c < a.count)
+    portable_tile<X, Sum>({a.inputs, a.taps, a.first + c, a.count - c, a.weights + c, a.start + c, a.sums + c});
 }
 #endif
 
@@ -156,8 +202,31 @@ class TapWalk {
 };
 
 template <class X, class Sum>
+using Tile = void (*)(const TileArguments<X, Sum>&);
+
+Tile<uint8_t, int32_t> codes_tile(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx512vnni: return &avx512_tile<Avx512Codes>;
+    case Isa::avx2: return &avx2_tile<Avx2Codes>;
+#endif
+    default: return &portable_tile;
+  }
+}
+
+Tile<float, float> floats_tile(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx512vnni: return &avx512_tile<Avx512Floats>;
+    case Isa::avx2: return &avx2_tile<Avx2Floats>;
+#endif
+    default: return &portable_tile;
+  }
+}
+
+template <class X, class Sum>
 void convolve(
-    void (*run)(const TileArguments<X, Sum>&), const Image<X>& image, const Sizes& s, const PackedWeights& packed,
+    Tile<X, Sum> run, const Image<X>& image, const Sizes& s, const PackedWeights& packed,
     const Epilogue& e) {
   const int64_t taps = s.kernel_h * s.kernel_w, pixels = s.out_pixels();
   const int64_t tiles = (pixels + kPixels - 1) / kPixels;
@@ -187,18 +256,12 @@ void convolve(
 
 void convolve_depthwise(
     const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
-#if defined(__x86_64__)
-  if (e.isa == Isa::avx512vnni) return convolve(&avx512_tile<Codes, uint8_t, int32_t>, image, sizes, weights, e);
-#endif
-  convolve(&portable_tile<uint8_t, int32_t>, image, sizes, weights, e);
+  convolve(codes_tile(e.isa), image, sizes, weights, e);
 }
 
 void convolve_depthwise(
     const Image<float>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
-#if defined(__x86_64__)
-  if (e.isa == Isa::avx512vnni) return convolve(&avx512_tile<Floats, float, float>, image, sizes, weights, e);
-#endif
-  convolve(&portable_tile<float, float>, image, sizes, weights, e);
+  convolve(floats_tile(e.isa), image, sizes, weights, e);
 }
 
 }  // namespace qkernels
