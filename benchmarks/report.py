@@ -29,9 +29,10 @@ and for what cannot be captured.
 A peer that cannot run a case is listed with the reason; `pip install -e .[peers]` installs those that are packages.
 """
 NEVER_ON_A_GPU = """
-**No CUDA or Triton kernel of this version has been measured on a GPU yet.** They are tested under Triton's interpreter
-and by ahead-of-time builds for sm_80 and sm_90; their speed is not known, and their launch parameters are rules of
-thumb.
+**No CUDA or Triton kernel of this version has been run or measured on a GPU yet.** What they compute is tested on the
+CPU, the Triton kernels under Triton's interpreter and the C++/CUDA kernels on an emulated device, and ahead-of-time
+builds for sm_80 and sm_90 show that they compile and spill nothing. Their speed is not known, and their launch
+parameters are rules of thumb.
 """
 
 MOST_COLUMNS = 3  # of parameters that stand beside each other; more stand below each other

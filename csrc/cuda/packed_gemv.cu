@@ -120,27 +120,6 @@ __device__ __forceinline__ Pairs code_pairs(const Rows& row, int chunk) {
   }
 }
 
-// sums += the product of a 16x16 and a 16x8 tile. Lane 4 * i + j holds codes 2j, 2j + 1, 2j + 8, 2j + 9 of rows i
-// (upper) and i + 8 (lower) and of column i (b), and the sums of those rows with columns 2j and 2j + 1.
-__device__ __forceinline__ void multiply_tiles(
-    float (&sums)[4], const Pairs& upper, const Pairs& lower, uint32_t b_low, uint32_t b_high) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // packed_gemv refuses older GPUs
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(upper.low), "r"(lower.low), "r"(upper.high), "r"(lower.high), "r"(b_low), "r"(b_high));
-#endif
-}
-
-// Loads if `wanted`. Weights pass through once: they take no room in L1. Volatile, to stay before the barriers that
-// follow; in assembly with its predicate, because the compiler copies registers around a branch.
-__device__ __forceinline__ void load_weights(Words<4>& w, const uint8_t* from, bool wanted) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
-      : "+r"(w.at[0]), "+r"(w.at[1]), "+r"(w.at[2]), "+r"(w.at[3])
-      : "l"(from), "r"(static_cast<int>(wanted)));
-}
-
 // The lane's 16 bytes of each row of a block.
 template <int kBits>
 struct Weights {
@@ -148,7 +127,7 @@ struct Weights {
 
   __device__ __forceinline__ void load(const uint8_t* block, bool wanted) {
 #pragma unroll
-    for (int row = 0; row < kBits; ++row) load_weights(rows[row], block + row * kChunkCodes, wanted);
+    for (int row = 0; row < kBits; ++row) load_words_once(rows[row].at, block + row * kChunkCodes, wanted);
   }
 
   // Raises the codes for code_pairs.
@@ -186,7 +165,9 @@ __device__ __forceinline__ void add_products(
         const Pairs of_lower = code_pairs<kBits>(word_of(lower), chunk);
 #pragma unroll
         for (int t = 0; t < kColumnTiles; ++t)
-          multiply_tiles(products[t], of_upper, of_lower, b[t].at[2 * w], b[t].at[2 * w + 1]);
+          multiply_tiles(
+              products[t], {of_upper.low, of_lower.low, of_upper.high, of_lower.high},
+              {b[t].at[2 * w], b[t].at[2 * w + 1]});
       }
     }
 #pragma unroll
@@ -243,7 +224,7 @@ __device__ __forceinline__ void with_type_of_x(const Gemv& g, F&& f) {
 // Reads kBits / 8 bytes a code, and x once a thread block.
 template <int kBits, int kColumnTiles>
 __global__ __launch_bounds__(kThreads, 2) void gemv_kernel(const __grid_constant__ Gemv g) {
-  __shared__ alignas(16) uint8_t shared[StagedColumns::kBytes];
+  alignas(16) __shared__ uint8_t shared[StagedColumns::kBytes];
   static_assert(sizeof(shared) >= kWarps * kTileRows * kColumnTiles * kTileColumns * sizeof(float));
   __shared__ Work work;
   if (threadIdx.x == 0) work = Work::of_block(g);

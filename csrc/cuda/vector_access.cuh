@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "instructions.cuh"
+
 namespace qkernels::cuda {
 
 using bf16 = __nv_bfloat16;
@@ -47,11 +49,6 @@ struct Span {
     return aligned && first >= begin && first + N <= end;
   }
 };
-
-// In assembly because the compiler splits a plain assignment into four stores here.
-__device__ __forceinline__ void store_words(uint4* to, const uint4& v) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
 
 // Elements [first, first + N); those outside the span read as 0. kWhole: the caller knows that span.whole(first).
 template <bool kWhole, int N, typename T>

@@ -1,4 +1,5 @@
-"""Every op of the C++/CUDA and the Triton backend on a GPU, against the reference on the CPU and against each other.
+"""Every op of the C++/CUDA and the Triton backend on a GPU, against the reference on the CPU and against each other;
+without a GPU, what needs none of the C++/CUDA kernels emulated.
 
 y and grad_x must equal the float32 reference bit for bit; sums are compared with its terms added in float64.
 """
@@ -11,22 +12,12 @@ from torch.testing import assert_close
 
 from qkernels import backends, fake_quantize, fake_quantize_multi, reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QMIN, QMAX, FACTOR = -8, 7, 0.3
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    """op name -> its function in one backend, called with the arguments of the op's schema."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        return lambda op: backends.implementation(op, "triton")
-    for row in backends.report():
-        if row.device == "cuda" and row.backend != "cuda":
-            pytest.skip(f"the C++/CUDA backend does not serve {row.op} here: {row.backend} does ({row.reason})")
-    return lambda op: getattr(torch.ops.qkernels, op).default
+REPEATS = 50 if DEVICE == "cuda" else 5
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +58,10 @@ def on_gpu(t, layout=""):
     if t is None:
         return None
     if layout == "unaligned":
-        return torch.empty(t.numel() + 1, dtype=t.dtype, device="cuda")[1:].view(t.shape).copy_(t)
+        return torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)[1:].view(t.shape).copy_(t)
     if layout == "every other":
-        return torch.stack([t, t], -1).cuda()[..., 0]
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t)
+        return torch.stack([t, t], -1).to(DEVICE)[..., 0]
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t)
 
 
 def parameters(x, axis, with_offset, generator):
@@ -144,7 +135,7 @@ def test_shapes_layouts_and_axes(backend, shape, layout):
         check_backward(backend, grad, x, scale, offset, axis, False, layout)
 
 
-@pytest.mark.parametrize(("x_dtype", "other"), itertools.product(DTYPES, DTYPES), ids=str)
+@pytest.mark.parametrize(("x_dtype", "other"), list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_dtypes(backend, x_dtype, other):
     generator = torch.Generator().manual_seed(1)
     for shape, axis, layout in itertools.product(
@@ -175,7 +166,7 @@ def test_empty(backend, shape, axis):
     scale = torch.ones(() if axis is None else x.shape[axis])
     check_forward(backend, x, scale, scale, axis, torch.bfloat16)
     check_backward(backend, x, x, scale, scale, axis, False)
-    assert not backend("mean_abs")(x.cuda(), axis).any()
+    assert not backend("mean_abs")(x.to(DEVICE), axis).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -202,7 +193,7 @@ def layers(axis, x_dtype, seed=3, repeat=1):
 
 
 @pytest.mark.parametrize("axis", [0, None, 1])
-@pytest.mark.parametrize(("x_dtype", "other"), [(a, b) for a, b in itertools.product(DTYPES, DTYPES)], ids=str)
+@pytest.mark.parametrize(("x_dtype", "other"), list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_multi(backend, axis, x_dtype, other):
     xs, scales, *rest = layers(axis, x_dtype)
     qmins, qmaxs, factors = rest
@@ -234,12 +225,13 @@ def test_more_layers_than_one_launch_takes(backend):
         equal(a, e)
 
 
+@needs_gpu
 def test_backends_agree_bit_for_bit():
     if any(r.device == "cuda" and r.backend != "cuda" for r in backends.report()):
         pytest.skip("only one backend serves CUDA tensors here")
     pytest.importorskip("triton")
-    x = torch.randn(64, 1023, device="cuda") * 3
-    scale, offset = torch.rand(64, device="cuda") * 0.2, torch.randn(64, device="cuda")
+    x = torch.randn(64, 1023, device=DEVICE) * 3
+    scale, offset = torch.rand(64, device=DEVICE) * 0.2, torch.randn(64, device=DEVICE)
     for axis, s, b in ((0, scale, offset), (None, scale[:1], offset[:1])):
         arguments = (x, s, b, QMIN, QMAX, axis, 1.0, False, torch.bfloat16)
         equal(
@@ -250,12 +242,12 @@ def test_backends_agree_bit_for_bit():
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_repeats_bit_for_bit(backend, axis):
-    generator = torch.Generator(device="cuda").manual_seed(4)
-    x = torch.randn((96, 33, 257), generator=generator, device="cuda")
-    grad = torch.randn((96, 33, 257), generator=generator, device="cuda")
-    scale = torch.full(() if axis is None else (x.shape[axis],), 0.05, device="cuda")
+    generator = torch.Generator(device=DEVICE).manual_seed(4)
+    x = torch.randn((96, 33, 257), generator=generator, device=DEVICE)
+    grad = torch.randn((96, 33, 257), generator=generator, device=DEVICE)
+    scale = torch.full(() if axis is None else (x.shape[axis],), 0.05, device=DEVICE)
     first = None
-    for _ in range(50):
+    for _ in range(REPEATS):
         got = backend("fake_quantize_backward")(grad, x, scale, scale, QMIN, QMAX, axis, FACTOR, False, True)
         mean = backend("mean_abs")(x, axis)
         first = first or (*got, mean)
@@ -263,14 +255,15 @@ def test_repeats_bit_for_bit(backend, axis):
             assert torch.equal(a, b)
 
 
+@needs_gpu
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_more_than_2_to_the_31_elements(backend, axis):
     columns = 2**31 // 64 + 13
     if torch.cuda.mem_get_info()[0] < 6 * 2 * 64 * columns:
         pytest.skip("needs 26 GB of free GPU memory")
-    x = torch.empty((64, columns) if axis != 1 else (columns, 64), dtype=torch.bfloat16, device="cuda").normal_()
+    x = torch.empty((64, columns) if axis != 1 else (columns, 64), dtype=torch.bfloat16, device=DEVICE).normal_()
     grad = torch.empty_like(x).normal_()
-    scale = torch.rand(() if axis is None else 64, device="cuda") * 0.1 + 0.01
+    scale = torch.rand(() if axis is None else 64, device=DEVICE) * 0.1 + 0.01
     y = backend("fake_quantize")(x, scale, None, QMIN, QMAX, axis, 1.0, False, torch.bfloat16)
     grad_x, grad_scale, _ = backend("fake_quantize_backward")(
         grad, x, scale, None, QMIN, QMAX, axis, FACTOR, False, True
@@ -292,9 +285,10 @@ def test_more_than_2_to_the_31_elements(backend, axis):
     sums_equal(grad_scale, total.cpu(), magnitude.cpu())
 
 
+@needs_gpu
 def test_runs_on_the_current_stream(backend):
     host = torch.randn(1 << 20)
-    x, scale = torch.zeros(1 << 20, device="cuda"), torch.tensor(0.05, device="cuda")
+    x, scale = torch.zeros(1 << 20, device=DEVICE), torch.tensor(0.05, device=DEVICE)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -310,6 +304,7 @@ def test_runs_on_the_current_stream(backend):
     assert_close(mean.cpu(), host.abs().mean(), rtol=1e-5, atol=0)
 
 
+@needs_gpu
 @pytest.mark.parametrize("axis", [0, None])
 def test_multi_in_a_cuda_graph(backend, axis):
     xs, scales, qmins, qmaxs, factors = layers(axis, torch.float32)
@@ -337,10 +332,11 @@ def test_multi_in_a_cuda_graph(backend, axis):
                 equal(a, b)
 
 
+@needs_gpu
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_with_cuda_graphs():
-    x = torch.randn(64, 128, device="cuda", requires_grad=True)
-    scale = torch.full((64,), 0.1, device="cuda", requires_grad=True)
+    x = torch.randn(64, 128, device=DEVICE, requires_grad=True)
+    scale = torch.full((64,), 0.1, device=DEVICE, requires_grad=True)
 
     def loss(x, scale):
         y = fake_quantize(x * 2, scale, QMIN, QMAX, axis=0, grad_factor=FACTOR)

@@ -1,4 +1,5 @@
-"""The packed ops on a GPU, in every backend that has them, against the reference in float64.
+"""The packed ops on a GPU, in every backend that has them, against the reference in float64; without a GPU, what needs
+none of the C++/CUDA kernels emulated.
 
 Larger shapes than Triton's interpreter can run, races, streams, CUDA graphs and torch.compile;
 tests/qkernels/test_packed_backends.py holds the same kernels to a strict bound on small shapes.
@@ -16,23 +17,12 @@ import qkernels as qk
 from qkernels import backends, packed_ops, reference
 from qkernels.packed_ops import Geometry
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
 REPEATS = 20
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    """op name -> its function in one backend, called with the arguments of the op's schema."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        return in_triton
-    for row in backends.report():
-        if row.device == "cuda" and row.backend != "cuda" and row.op not in backends.NOT_IN_CUDA:
-            pytest.skip(f"the C++/CUDA backend does not serve {row.op} here: {row.backend} does ({row.reason})")
-    return lambda op: getattr(torch.ops.qkernels, op).default
 
 
 def in_triton(op):
@@ -64,7 +54,7 @@ def unaligned(t: Tensor) -> Tensor:
 
 def random_codes(shape, dtype=torch.int8) -> Tensor:
     low, high = (-128, 128) if dtype == torch.int8 else (0, 256)
-    return torch.randint(low, high, shape, dtype=dtype, device="cuda")
+    return torch.randint(low, high, shape, dtype=dtype, device=DEVICE)
 
 
 # pack, unpack, quantize, dequantize_packed
@@ -100,7 +90,7 @@ def test_dequantize_packed(backend, dtype):
     for bits, members, channels, depth in ((7, 5, 512, 4608), (4, 2, 1000, 1), (3, 3, 17, 33), (2, 1, 1, 70_001)):
         count = channels * depth
         packed = random_codes((members, packed_ops.packed_bytes(count, bits)), torch.uint8)
-        scale = torch.randn(members, channels, device="cuda")
+        scale = torch.randn(members, channels, device=DEVICE)
         expected = reference.dequantize_packed(packed, scale, bits, count, dtype)
         assert_equal(backend("dequantize_packed")(packed, scale, bits, count, dtype), expected)
         assert_equal(backend("dequantize_packed")(unaligned(packed), scale, bits, count, dtype), expected)
@@ -117,7 +107,7 @@ def test_quantize(backend, dtype, layout):
             scale = torch.full((1 if axis is None else shape[axis],), 0.25)
             scale[::3], scale[4::9] = 0.013, torch.nan
             scale = scale.reshape(()) if axis is None else scale
-            on_gpu = x.cuda()
+            on_gpu = x.to(DEVICE)
             if layout == "channels_last":
                 on_gpu = on_gpu.contiguous(memory_format=torch.channels_last)
             elif layout == "every other":
@@ -125,21 +115,22 @@ def test_quantize(backend, dtype, layout):
             elif layout == "unaligned":
                 on_gpu = unaligned(on_gpu)
             for qmin, qmax in ((-128, 127), (0, 255), (3, 9)):
-                codes = backend("quantize")(on_gpu, scale.cuda(), qmin, qmax, axis)
+                codes = backend("quantize")(on_gpu, scale.to(DEVICE), qmin, qmax, axis)
                 assert_equal(codes, reference.quantize(x, scale, qmin, qmax, axis))
 
 
+@needs_gpu
 def test_more_than_2_31_codes(backend):
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GB of GPU memory")
     count, bits, tail = 2**31 + 1000, 7, 3 * 256 + 1000 % 256
-    codes = torch.empty(count, dtype=torch.int8, device="cuda").random_(-64, 64)
+    codes = torch.empty(count, dtype=torch.int8, device=DEVICE).random_(-64, 64)
     packed = backend("pack")(codes, bits)
     assert torch.equal(packed[-4 * 32 * bits :], reference.pack(codes[-tail:], bits))
     assert torch.equal(backend("unpack")(packed, bits, count, True), codes)
     del codes
-    x = torch.empty(count, dtype=torch.float16, device="cuda").normal_()
-    scale = torch.tensor(0.05, device="cuda")
+    x = torch.empty(count, dtype=torch.float16, device=DEVICE).normal_()
+    scale = torch.tensor(0.05, device=DEVICE)
     quantized = backend("quantize")(x, scale, -8, 7, None)
     for part in (slice(0, 1 << 20), slice(count - (1 << 20), count)):
         assert torch.equal(quantized[part], reference.quantize(x[part], scale, -8, 7, None))
@@ -165,10 +156,10 @@ def random_linear(
 ) -> Linear:
     count = out_features * in_features
     return Linear(
-        torch.randn(rows * (1 if shared else members), in_features, device="cuda").to(dtype),
+        torch.randn(rows * (1 if shared else members), in_features, device=DEVICE).to(dtype),
         random_codes((members, packed_ops.packed_bytes(count, bits)), torch.uint8),
-        torch.rand(members, out_features, device="cuda") / (2**bits * in_features**0.5),
-        torch.randn(members, out_features, device="cuda") if bias else None,
+        torch.rand(members, out_features, device=DEVICE) / (2**bits * in_features**0.5),
+        torch.randn(members, out_features, device=DEVICE) if bias else None,
         bits,
         shared,
         activation,
@@ -185,20 +176,23 @@ def check_gemv(backend, linear: Linear) -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gemv(backend, bits, dtype):
-    for sizes in ((5, 1, 2048, 2048), (5, 8, 2048, 512), (2, 3, 1280, 1000), (1, 1, 8192, 4096), (3, 2, 576, 200)):
+    large = ((5, 1, 2048, 2048), (5, 8, 2048, 512), (2, 3, 1280, 1000), (1, 1, 8192, 4096))
+    for sizes in ((3, 2, 576, 200), (2, 17, 1100, 40), *(large if DEVICE == "cuda" else ())):
         check_gemv(backend, random_linear(bits, *sizes, dtype))
 
 
 def test_gemv_on_random_shapes(backend):
     choose = random.Random(0)
-    for _ in range(100):
-        in_features = choose.choice([choose.randint(1, 40), choose.randint(1, 3000), 32 * choose.randint(1, 99)])
+    rounds, most, most_rows = (100, 3000, 70) if DEVICE == "cuda" else (8, 300, 20)
+    for _ in range(rounds):
+        in_chunks = 32 * choose.randint(1, most // 32)
+        in_features = choose.choice([choose.randint(1, 40), choose.randint(1, most), in_chunks])
         linear = random_linear(
             choose.randint(2, 8),
             choose.randint(1, 6),
-            choose.choice([1, 1, 2, choose.randint(1, 9), choose.randint(1, 70)]),
+            choose.choice([1, 1, 2, choose.randint(1, 9), choose.randint(1, most_rows)]),
             in_features,
-            choose.choice([choose.randint(1, 40), choose.randint(1, 3000)]),
+            choose.choice([choose.randint(1, 40), choose.randint(1, most)]),
             choose.choice(DTYPES),
             choose.random() < 0.5,
             choose.choice(ACTIVATIONS),
@@ -219,14 +213,13 @@ def test_gemv_with_nan_and_infinity(backend):
     assert torch.equal(y[1][at_infinity != 0], torch.inf * at_infinity[at_infinity != 0].sign())
 
 
-def test_a_row_does_not_depend_on_its_neighbors():
+@pytest.mark.parametrize("backend", ["cuda" if DEVICE == "cuda" else "emulated"], indirect=True)
+def test_a_row_does_not_depend_on_its_neighbors(backend):
     """In C++/CUDA; Triton may sum in another order for another number of rows."""
     linear = random_linear(7, 2, 9, 1000, 300, torch.bfloat16, shared=True)
-    together = torch.ops.qkernels.packed_gemv.default(*linear).view(2, 9, 300)
-    if next(r.backend for r in backends.report() if (r.op, r.device) == ("packed_gemv", "cuda")) != "cuda":
-        pytest.skip("C++/CUDA does not serve packed_gemv here")
+    together = backend("packed_gemv")(*linear).view(2, 9, 300)
     for n in range(9):
-        alone = torch.ops.qkernels.packed_gemv.default(*linear._replace(x=linear.x[n : n + 1]))
+        alone = backend("packed_gemv")(*linear._replace(x=linear.x[n : n + 1]))
         assert torch.equal(alone, together[:, n])
 
 
@@ -262,8 +255,8 @@ class Convolution(NamedTuple):
         """packed, scale, bias"""
         nbytes = packed_ops.packed_bytes(self.out_channels * self.depth, self.bits)
         shape = (self.members, self.out_channels)
-        scale = torch.rand(shape, device="cuda") / (2**self.bits * self.depth**0.5)
-        return random_codes((self.members, nbytes), torch.uint8), scale, torch.randn(shape, device="cuda")
+        scale = torch.rand(shape, device=DEVICE) / (2**self.bits * self.depth**0.5)
+        return random_codes((self.members, nbytes), torch.uint8), scale, torch.randn(shape, device=DEVICE)
 
 
 RESNET = [  # (in_shape, out_channels, geometry) of ResNet-50 at 224 x 224, and a depthwise and a grouped one
@@ -300,12 +293,13 @@ def exactly(function, *args: Any) -> Tensor:
         return function(*args)
 
 
+@needs_gpu
 @pytest.mark.parametrize("c", list(convolutions()), ids=lambda c: f"{c.in_shape}-{c.out_channels}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_conv2d(c, dtype):
     needs_triton_convolutions()
     packed, scale, bias = c.weights()
-    x, residual = (torch.randn(shape, device="cuda").to(dtype) for shape in (c.x_shape, c.out_shape))
+    x, residual = (torch.randn(shape, device=DEVICE).to(dtype) for shape in (c.x_shape, c.out_shape))
     for memory_format in (torch.channels_last, torch.contiguous_format):
         arguments = (packed, scale, bias, residual.contiguous(memory_format=memory_format), c.bits)
         rest = (*c.geometry.arguments, c.shared, c.activation)
@@ -318,11 +312,11 @@ def test_packed_conv2d(c, dtype):
 def int8_arguments(c: Convolution, x_dtype, residual_dtype, out_dtype) -> tuple[Any, ...]:
     """Arguments of packed_conv2d_int8 whose results spread over the codes."""
     packed, scale, bias = c.weights()
-    x_scale, residual_scale, out_scale = torch.rand(3, c.members, device="cuda") * 0.05 + 0.01
+    x_scale, residual_scale, out_scale = torch.rand(3, c.members, device=DEVICE) * 0.05 + 0.01
     if residual_dtype in (torch.int8, torch.uint8):
         residual = random_codes(c.out_shape, residual_dtype)
     else:
-        residual = None if residual_dtype is None else torch.randn(c.out_shape, device="cuda").to(residual_dtype)
+        residual = None if residual_dtype is None else torch.randn(c.out_shape, device=DEVICE).to(residual_dtype)
         residual_scale = None
     if out_dtype not in (torch.int8, torch.uint8):
         out_scale = None
@@ -331,6 +325,7 @@ def int8_arguments(c: Convolution, x_dtype, residual_dtype, out_dtype) -> tuple[
     return (*tensors, c.bits, *c.geometry.arguments, c.shared, c.activation, low, high, out_dtype)
 
 
+@needs_gpu
 @pytest.mark.parametrize("c", list(convolutions()), ids=lambda c: f"{c.in_shape}-{c.out_channels}")
 def test_packed_conv2d_int8(c):
     """Bit for bit, SiLU within one code or a few roundings."""
@@ -363,7 +358,7 @@ REPEATED = Convolution(2, (256, 14, 14), 5, 256, 7, Geometry((3, 3), (1, 1), (1,
 def repeated_calls():
     """name -> a call of each op that adds something up, or that stages data in shared memory."""
     packed, scale, bias = REPEATED.weights()
-    x = torch.randn(REPEATED.x_shape, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(REPEATED.x_shape, device=DEVICE, dtype=torch.bfloat16)
     rest = (None, 7, *REPEATED.geometry.arguments, False, "relu")
     codes = int8_arguments(REPEATED, torch.uint8, torch.uint8, torch.uint8)
     small = REPEATED._replace(images=1, in_shape=(512, 7, 7), out_channels=512)  # split over its depth
@@ -378,6 +373,7 @@ def repeated_calls():
     }
 
 
+@needs_gpu
 def test_every_run_gives_the_same_bits():
     needs_triton_convolutions()
     for name, call in repeated_calls().items():
@@ -386,19 +382,20 @@ def test_every_run_gives_the_same_bits():
             assert torch.equal(call(), first), name
 
 
+@needs_gpu
 def test_runs_on_the_current_stream():
     needs_triton_convolutions()
     linear = random_linear(7, 2, 4, 512, 512)
     arguments = list(int8_arguments(REPEATED, torch.uint8, None, torch.uint8))
     host_x, host_codes = torch.randn(linear.x.shape), arguments[0].cpu()
     expected = [
-        torch.ops.qkernels.packed_gemv.default(*linear._replace(x=host_x.cuda())),
+        torch.ops.qkernels.packed_gemv.default(*linear._replace(x=host_x.to(DEVICE))),
         torch.ops.qkernels.packed_conv2d_int8.default(*arguments),
         reference.quantize(host_x, torch.tensor(0.01), -128, 127, None),
     ]
     linear.x.zero_()
     arguments[0] = torch.zeros_like(arguments[0])
-    scale = torch.tensor(0.01, device="cuda")
+    scale = torch.tensor(0.01, device=DEVICE)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -428,6 +425,7 @@ def captured(function):
     return graph, result
 
 
+@needs_gpu
 def test_convolution_and_linear_in_a_cuda_graph():
     needs_triton_convolutions()
     arguments = int8_arguments(REPEATED, torch.uint8, torch.uint8, torch.uint8)
@@ -468,10 +466,10 @@ def ensemble(request):
         pytest.skip("no PackedEnsemble here")
     models = []
     for bits in (7, 7, 5):
-        model = Small().eval().cuda()
+        model = Small().eval().to(DEVICE)
         qk.quantize_(model, qk.QConfig(weight_bits=bits))
         models.append(model)
-    x = torch.randn(4, 3, 40, 40, device="cuda")
+    x = torch.randn(4, 3, 40, 40, device=DEVICE)
     packed = qk.PackedEnsemble.from_models(models)
     if request.param == "integer":
         packed.to_integer_([x])
@@ -482,6 +480,7 @@ def ensemble(request):
     return packed, x
 
 
+@needs_gpu
 def test_ensemble_in_a_cuda_graph(ensemble):
     packed, x = ensemble
     graph, logits = captured(lambda: packed(x))
@@ -491,6 +490,7 @@ def test_ensemble_in_a_cuda_graph(ensemble):
         assert_equal(logits, packed(x))
 
 
+@needs_gpu
 @pytest.mark.filterwarnings("ignore")
 def test_ensemble_compiled(ensemble):
     packed, x = ensemble
@@ -500,13 +500,14 @@ def test_ensemble_compiled(ensemble):
         x.normal_()
 
 
+@needs_gpu
 @pytest.mark.filterwarnings("ignore")
 def test_ops_compiled():
     needs_triton_convolutions()
     c = Convolution(2, (32, 10, 10), 3, 16, 6, Geometry((3, 3), (1, 1), (1, 1, 1, 1)))
     packed, scale, bias = c.weights()
     head = random_linear(5, 3, 2, 16, 7)
-    x_scale = torch.full((3,), 0.02, device="cuda")
+    x_scale = torch.full((3,), 0.02, device=DEVICE)
 
     def network(x):
         y = packed_ops.packed_conv2d(x, packed, scale, bias, c.bits, c.geometry, activation="relu6")
@@ -518,6 +519,6 @@ def test_ops_compiled():
 
     compiled = torch.compile(network, fullgraph=True)
     for _ in range(2):
-        x = torch.randn(c.x_shape, device="cuda")
+        x = torch.randn(c.x_shape, device=DEVICE)
         for actual, expected in zip(compiled(x), network(x), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

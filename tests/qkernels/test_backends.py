@@ -1,5 +1,5 @@
-"""Every backend against `reference.py` and a numpy oracle: C++ on the CPU, C++/CUDA on a GPU, Triton on a GPU or
-interpreted on the CPU.
+"""Every backend against `reference.py` and a numpy oracle: C++ on the CPU, C++/CUDA on a GPU or emulated on the CPU,
+Triton on a GPU or interpreted on the CPU.
 
 Triton's interpreter truncates float32 to bfloat16 where hardware rounds to nearest even; `rounded` follows whichever
 runs.
@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import emulated_cuda
 import oracle
 from qkernels import backends, reference
 
@@ -24,6 +25,8 @@ GPU = torch.cuda.is_available()
 
 def why_not(backend: str) -> str | None:
     """What keeps a backend from running here."""
+    if backend == "emulated":
+        return emulated_cuda.why_not()
     served = {(row.op, row.device): row.backend for row in backends.report()}
     if backend == "cpp":
         return None if served["mean_abs", "cpu"] == "cpp" else "the C++ library was not built"
@@ -49,6 +52,8 @@ class Backend:
         self.truncates_bfloat16 = name.startswith("triton") and not GPU
 
     def __getattr__(self, op: str):
+        if self.name == "emulated":
+            return emulated_cuda.op(op)
         if self.name in ("cpp", "cuda"):
             return getattr(torch.ops.qkernels, op).default
         return backends.implementation(op, self.name.split("-")[0])
@@ -58,7 +63,7 @@ class Backend:
 backend = Backend("reference")
 
 
-@pytest.fixture(params=["reference", "cpp", "cuda", "triton", "triton-tiny"], autouse=True)
+@pytest.fixture(params=["reference", "cpp", "cuda", "emulated", "triton", "triton-tiny"], autouse=True)
 def each_backend(request, monkeypatch):
     global backend
     if (why := why_not(request.param)) is not None:

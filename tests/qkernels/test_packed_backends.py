@@ -24,7 +24,7 @@ backend = Backend("reference")
 
 # C++ with the kernels of every instruction set that this CPU has, and the others.
 ISAS = ("portable", "avx2", "avx512vnni")
-BACKENDS = ("reference", *(f"cpp-{isa}" for isa in ISAS), "cuda", "triton")
+BACKENDS = ("reference", *(f"cpp-{isa}" for isa in ISAS), "cuda", "emulated", "triton")
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
