@@ -4,8 +4,8 @@
 // AVX-512 VNNI multiplies 64 pairs an instruction. A tile of 6 pixels by 64 channels holds 24 sums in registers; a step
 // of 4 elements of depth loads 256 bytes of the panel and 4 of each pixel for 24 instructions.
 //
-// AVX2 multiplies 32 pairs and adds two neighbors each in 16 bits, which is exact for weights of up to 7 bits; the next
-// instruction adds two neighbors of those in 32 bits.
+// AVX2 multiplies 32 pairs and adds two neighbors each in 16 bits, which is exact for weights of up to 7 bits; another
+// instruction adds two neighbors of those in 32 bits. Weights of fewer bits leave room in the 16 for several steps.
 
 #include "elements.h"
 #include "packed_fill_avx2.h"
@@ -43,41 +43,64 @@ struct PortableTile {
 };
 
 #if defined(__x86_64__)
-// Weights of up to 7 bits: 2 * 255 * 64 fits in 16 bits.
-struct SevenBitProducts {
-  using Inputs = __m256i;
-  using Weights = __m256i;
+struct Avx2Codes {
   using Sums = __m256i;
+  static constexpr int kSteps = 1;
 
-  QK_AVX2 static Inputs load_inputs(const uint8_t* x) {
+  QK_AVX2 static __m256i broadcast(const uint8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
     return _mm256_set1_epi32(four);
   }
-  QK_AVX2 static Weights load_weights(const int8_t* p) {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
-  }
-  QK_AVX2 static Sums load_sums(const int32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
-  QK_AVX2 static Sums multiply_add(Inputs x, Weights weights, Sums sums) {
-    const __m256i pairs = _mm256_maddubs_epi16(x, weights);
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
+  QK_AVX2 static __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+  QK_AVX2 static Sums load_sums(const int32_t* p) { return load(p); }
   QK_AVX2 static void store(int32_t* p, Sums sums) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), sums); }
 };
 
+// The products of so many steps added in 16 bits. Two with weights of 7 bits fit, 2 * 255 * 64, and for each bit less
+// twice as many.
+template <int Steps>
+struct ShortProducts : Avx2Codes {
+  struct Inputs {
+    __m256i steps[Steps];
+  };
+  using Weights = Inputs;
+  static constexpr int kSteps = Steps;
+
+  QK_AVX2 static Inputs load_inputs(const uint8_t* x) {
+    Inputs inputs;
+#pragma GCC unroll 4
+    for (int i = 0; i < Steps; ++i) inputs.steps[i] = broadcast(x + 4 * i);
+    return inputs;
+  }
+  QK_AVX2 static Weights load_weights(const int8_t* p) {
+    Weights weights;
+#pragma GCC unroll 4
+    for (int i = 0; i < Steps; ++i) weights.steps[i] = load(p + 4 * kLanes * i);
+    return weights;
+  }
+  QK_AVX2 static Sums multiply_add(const Inputs& x, const Weights& weights, Sums sums) {
+    __m256i pairs = _mm256_maddubs_epi16(x.steps[0], weights.steps[0]);
+#pragma GCC unroll 4
+    for (int i = 1; i < Steps; ++i)
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(x.steps[i], weights.steps[i]));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
+
 // Weights of 8 bits: codes with even and with odd indices, widened to 16 bits and multiplied apart.
-struct EightBitProducts : SevenBitProducts {
+struct WideProducts : Avx2Codes {
   struct Inputs {
     __m256i even, odd;
   };
   using Weights = Inputs;
 
   QK_AVX2 static Inputs load_inputs(const uint8_t* x) {
-    const __m256i codes = SevenBitProducts::load_inputs(x);
+    const __m256i codes = broadcast(x);
     return {_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srli_epi16(codes, 8)};
   }
   QK_AVX2 static Weights load_weights(const int8_t* p) {
-    const __m256i codes = SevenBitProducts::load_weights(p);
+    const __m256i codes = load(p);
     return {_mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8), _mm256_srai_epi16(codes, 8)};
   }
   QK_AVX2 static Sums multiply_add(Inputs x, Weights weights, Sums sums) {
@@ -86,9 +109,13 @@ struct EightBitProducts : SevenBitProducts {
   }
 };
 
-template <class Products>
-CodesGemm avx2_gemm() {
-  return {kAvx2Tiles, &Avx2Tile<CodesGemm, Products>::run, &fill_codes_avx2};
+// Runs are multiples of `channels`.
+CodesGemm avx2_gemm(int bits, int64_t channels) {
+  const auto gemm = [](auto run) { return CodesGemm{kAvx2Tiles, run, &fill_codes_avx2}; };
+  if (bits == 8) return gemm(&Avx2Tile<CodesGemm, WideProducts>::run);
+  if (bits <= 5 && channels % 16 == 0) return gemm(&Avx2Tile<CodesGemm, ShortProducts<4>>::run);
+  if (bits <= 6 && channels % 8 == 0) return gemm(&Avx2Tile<CodesGemm, ShortProducts<2>>::run);
+  return gemm(&Avx2Tile<CodesGemm, ShortProducts<1>>::run);
 }
 
 template <int R, int V>
@@ -128,11 +155,11 @@ struct VnniTile {
 };
 #endif
 
-CodesGemm gemm_of(Isa isa, int bits) {
+CodesGemm gemm_of(Isa isa, int bits, int64_t channels) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx512vnni: return {kWideTiles, &WideTiles<VnniTile, Arguments>::run, &fill_codes_avx512};
-    case Isa::avx2: return bits < 8 ? avx2_gemm<SevenBitProducts>() : avx2_gemm<EightBitProducts>();
+    case Isa::avx2: return avx2_gemm(bits, channels);
 #endif
     default: return {kWideTiles, &WideTiles<PortableTile, Arguments>::run, &fill};
   }
@@ -141,7 +168,7 @@ CodesGemm gemm_of(Isa isa, int bits) {
 }  // namespace
 
 void convolve_codes(const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
-  convolve(gemm_of(e.isa, weights.bits), image, sizes, weights, e);
+  convolve(gemm_of(e.isa, weights.bits, image.group), image, sizes, weights, e);
 }
 
 }  // namespace qkernels

@@ -40,6 +40,7 @@ struct FloatProducts {
   using Inputs = __m256;
   using Weights = __m256;
   using Sums = __m256;
+  static constexpr int kSteps = 1;
 
   QK_AVX2 static Inputs load_inputs(const float* x) { return _mm256_broadcast_ss(x); }
   QK_AVX2 static Weights load_weights(const float* p) { return _mm256_load_ps(p); }

@@ -1,8 +1,8 @@
 // Tiles with AVX2, for any kind of products.
 //
-// A tile is one panel of 16 channels wide and is computed in pieces of 6 pixels, whose 12 registers of sums leave four
-// for inputs, weights and products. All pieces of a tile read the same weights, from the first-level cache if they fit;
-// a narrow panel is more likely to.
+// A tile is 16 channels wide and is computed in pieces of 6 pixels, whose 12 registers of sums leave four for inputs and
+// weights. All pieces of a tile read the same weights, from the first-level cache if they fit: those of a narrow panel
+// often do.
 #pragma once
 
 #include "packed_gemm.h"
@@ -14,8 +14,8 @@ namespace qkernels {
 constexpr TileSizes kAvx2Tiles{1, {24}};
 constexpr int kPiecePixels = 6;
 
-// Products has the registers Inputs (a pixel's elements of a step, in every lane), Weights (of 8 channels) and Sums, how
-// they are loaded and stored, and multiply_add(Inputs, Weights, Sums).
+// Products says how: the registers Inputs (a pixel's elements of kSteps steps, in every lane), Weights (of 8 channels)
+// and Sums, how they are loaded and stored, and multiply_add(Inputs, Weights, Sums). kSteps must divide a.run_steps.
 template <class G, class Products>
 struct Avx2Tile {
   using Arguments = typename G::Arguments;
@@ -34,7 +34,7 @@ struct Avx2Tile {
       const typename G::X* x[R];
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) x[r] = a.pixels[first + r] + a.runs[run];
-      for (int64_t step = 0; step < a.run_steps; ++step, panel += kLanes * G::kStep) {
+      for (int64_t step = 0; step < a.run_steps; step += Products::kSteps) {
         typename Products::Weights weights[2];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) weights[half] = Products::load_weights(panel + 8 * half * G::kStep);
@@ -45,6 +45,7 @@ struct Avx2Tile {
           for (int half = 0; half < 2; ++half)
             sums[r][half] = Products::multiply_add(inputs, weights[half], sums[r][half]);
         }
+        panel += Products::kSteps * kLanes * G::kStep;
       }
     }
 #pragma GCC unroll 6
