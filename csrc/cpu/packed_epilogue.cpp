@@ -165,7 +165,7 @@ QK_AVX512 void codes_of_sums_avx512(
   }
 }
 
-// The first n bytes at p, or all 8.
+// The first n bytes at p, or 8 of more. A copy of a known size is one instruction.
 QK_AVX2 inline __m128i load_bytes(const void* p, int64_t n) {
   int64_t bytes = 0;
   n >= 8 ? std::memcpy(&bytes, p, 8) : std::memcpy(&bytes, p, n);

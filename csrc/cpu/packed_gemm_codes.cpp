@@ -45,7 +45,6 @@ struct PortableTile {
 #if defined(__x86_64__)
 struct Avx2Codes {
   using Sums = __m256i;
-  static constexpr int kSteps = 1;
 
   QK_AVX2 static __m256i broadcast(const uint8_t* x) {
     int32_t four;
@@ -94,6 +93,7 @@ struct WideProducts : Avx2Codes {
     __m256i even, odd;
   };
   using Weights = Inputs;
+  static constexpr int kSteps = 1;
 
   QK_AVX2 static Inputs load_inputs(const uint8_t* x) {
     const __m256i codes = broadcast(x);
@@ -109,13 +109,15 @@ struct WideProducts : Avx2Codes {
   }
 };
 
+template <class Products>
+constexpr CodesGemm kAvx2Gemm{kAvx2Tiles, &Avx2Tile<CodesGemm, Products>::run, &fill_codes_avx2};
+
 // Runs are multiples of `channels`.
 CodesGemm avx2_gemm(int bits, int64_t channels) {
-  const auto gemm = [](auto run) { return CodesGemm{kAvx2Tiles, run, &fill_codes_avx2}; };
-  if (bits == 8) return gemm(&Avx2Tile<CodesGemm, WideProducts>::run);
-  if (bits <= 5 && channels % 16 == 0) return gemm(&Avx2Tile<CodesGemm, ShortProducts<4>>::run);
-  if (bits <= 6 && channels % 8 == 0) return gemm(&Avx2Tile<CodesGemm, ShortProducts<2>>::run);
-  return gemm(&Avx2Tile<CodesGemm, ShortProducts<1>>::run);
+  if (bits == 8) return kAvx2Gemm<WideProducts>;
+  if (bits <= 5 && channels % 16 == 0) return kAvx2Gemm<ShortProducts<4>>;
+  if (bits <= 6 && channels % 8 == 0) return kAvx2Gemm<ShortProducts<2>>;
+  return kAvx2Gemm<ShortProducts<1>>;
 }
 
 template <int R, int V>
