@@ -25,7 +25,7 @@ namespace qkernels {
 
 constexpr int64_t kLanes = 16;                             // output channels in a vector
 constexpr int64_t kMostVectors = kBlockChannels / kLanes;  // vectors of output channels in a tile
-constexpr int64_t kMostPixels = 24;
+constexpr int64_t kMostPixels = 12;
 constexpr int64_t kPanelBytes = 384 << 10;                 // that a block of several panels has at most
 constexpr int64_t kRoomBehind = 64;                        // bytes behind codes that may be read
 constexpr int64_t kGrainProducts = 1 << 19;                // fewer are not worth waking a thread for

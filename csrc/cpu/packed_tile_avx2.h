@@ -1,7 +1,7 @@
 // Tiles with AVX2, for any kind of products.
 //
 // A tile is 16 channels wide and is computed in pieces of 6 pixels, whose 12 registers of sums leave four for inputs and
-// weights. All pieces of a tile read the same weights, from the first-level cache if they fit: those of a narrow panel
+// weights. Both pieces of a tile read the same weights, from the first-level cache if they fit: those of a narrow panel
 // often do.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace qkernels {
 
-constexpr TileSizes kAvx2Tiles{1, {24}};
+constexpr TileSizes kAvx2Tiles{1, {12}};
 constexpr int kPiecePixels = 6;
 
 // Products says how: the registers Inputs (a pixel's elements of kSteps steps, in every lane), Weights (of 8 channels)
