@@ -15,6 +15,7 @@ Work = Callable[[int], Any]  # on input set i; what it returns is compared with 
 MOST_SETS = 32
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 50
 PHASE_ROUNDS = 3
+TOO_SLOW, LONG = 20, 1.0  # a peer that takes so many times as long as the base, and as many seconds, runs once
 ALLOWED_SHARE = 1e-3  # of elements that may differ: peers that multiply by 1/s put a few into a neighboring code
 
 
@@ -122,9 +123,12 @@ class Contest:
                 seconds[name].append(seconds_of(run, self.device) / self.sets)
 
         one_round()  # warms up what the checks have not
-        length = sum(times.pop() * self.sets for times in seconds.values())
-        for times in seconds.values():
-            times.clear()
+        first = {name: times.pop() * self.sets for name, times in seconds.items()}
+        for name in [n for n, time in first.items() if time > max(LONG, TOO_SLOW * first[base])]:
+            self.absent[name] = f"too slow to repeat: one run took {first[name] / first[base]:.0f} times {base}'s"
+            for of_contender in (runs, seconds, first):
+                del of_contender[name]
+        length = sum(first.values())
         self.rounds = min(max(int(self.seconds / length), FEWEST_ROUNDS), MOST_ROUNDS)
         self.drive(one_round, self.rounds)
         result = {
@@ -137,7 +141,7 @@ class Contest:
             "absent": self.absent,
             "facts": self.facts,
             "work": {name: [list(cost) for cost in costs] for name, costs in self.work.items()},
-            "phases": {name: self._phase_milliseconds(phases) for name, phases in self.phases.items()},
+            "phases": {name: self._phase_milliseconds(self.phases[name]) for name in runs if name in self.phases},
         }
         self.record(result)
 

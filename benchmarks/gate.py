@@ -8,7 +8,6 @@ back to the reference, which cost a factor, not percents.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from qkernels import packed_ops
 from qkernels.packed_ops import Geometry
 from qkernels.quantizers import code_range
 
-from . import peers
+from . import machine, peers
 from .timing import quartiles, seconds_of
 
 Pair = tuple[Callable[[], object], Callable[[], object]]  # ours, and the peer
@@ -85,15 +84,9 @@ def ratio(pair: Pair) -> float:
     return quartiles([seconds_of(peer, "cpu") / seconds_of(ours, "cpu") for _ in range(ROUNDS)])[1]
 
 
-def has_vnni() -> bool:
-    """Whether this CPU has the instructions that the bounds are for."""
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and "avx512_vnni" in cpu.read_text()
-
-
 def check() -> list[str]:
     """Print each gate's ratio; returns what failed. On other CPUs there is nothing that must hold."""
-    if not has_vnni():
+    if machine.instructions() != "AVX-512 VNNI":
         print("no ratio is known for CPUs without AVX-512 VNNI")
         return []
     failed = []

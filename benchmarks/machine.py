@@ -18,9 +18,21 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+INSTRUCTIONS = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}  # the best first
+
+
+def instructions() -> str | None:
+    """The best vector instructions of this CPU that the kernels know; None where the system does not tell."""
+    cpu = Path("/proc/cpuinfo")
+    flags = set(cpu.read_text().split()) if cpu.exists() else set()
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in flags), None)
+
+
 def machine_name(device: str, threads: int) -> str:
-    """What a report calls this machine: the GPU, or the CPU with its threads."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {threads} threads"
+    """What a report calls this machine: the GPU, or the CPU, whose model alone may not tell, with its threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return ", ".join(filter(None, (cpu_name(), instructions(), f"{threads} threads")))
 
 
 def file_name(machine: str) -> str:

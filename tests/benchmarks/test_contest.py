@@ -1,9 +1,11 @@
 """Contenders: what is compared, what is left out and why, and what is measured."""
 
+import time
+
 import pytest
 import torch
 
-from benchmarks import gate
+from benchmarks import gate, machine
 from benchmarks.contest import Absent, Contest, difference
 from benchmarks.timing import summary
 
@@ -43,6 +45,17 @@ def test_a_peer_that_cannot_take_part_is_listed_with_the_reason(contest, recorde
     assert "100.00% of the elements are off" in recorded["absent"]["wrong"]
     assert recorded["absent"]["slow"] == "slow: only with --full"
     assert recorded["rounds"] == 5 and recorded["contenders"]["ours"]["ratio"] == [1, 1, 1]
+
+
+def test_a_peer_that_takes_far_too_long_runs_once(contest, recorded, monkeypatch):
+    monkeypatch.setattr("benchmarks.contest.LONG", 0)
+    runs = []
+    contest.ours("ours", lambda i: torch.ones(3))
+    contest.peer("slow", lambda: lambda i: runs.append(time.sleep(0.3)))
+    contest.phases["slow"] = {"forward": lambda: runs.append(None)}
+    contest.measure("ours")
+    assert list(recorded["contenders"]) == ["ours"] and not recorded["phases"] and len(runs) == 1
+    assert "too slow to repeat: one run took" in recorded["absent"]["slow"]
 
 
 def test_ours_must_be_right(contest):
@@ -87,12 +100,12 @@ def test_gates_run(name, monkeypatch):
 
 @pytest.mark.parametrize(("least", "failed"), [(2.0, []), (4.0, ["one: 3.00 < 4.0"])])
 def test_a_gate_fails_below_its_bound(monkeypatch, least, failed):
-    monkeypatch.setattr(gate, "has_vnni", lambda: True)
+    monkeypatch.setattr(machine, "instructions", lambda: "AVX-512 VNNI")
     monkeypatch.setattr(gate, "ratio", lambda pair: 3.0)
     monkeypatch.setattr(gate, "GATES", {"one": (lambda: None, least)})
     assert gate.check() == failed
 
 
 def test_no_gate_on_other_cpus(monkeypatch, capsys):
-    monkeypatch.setattr(gate, "has_vnni", lambda: False)
+    monkeypatch.setattr(machine, "instructions", lambda: None)
     assert gate.check() == [] and "without AVX-512 VNNI" in capsys.readouterr().out
