@@ -1,8 +1,8 @@
 // Tiles with AVX2, for any kind of products.
 //
-// A tile is 16 channels wide and is computed in pieces of 6 pixels, whose 12 registers of sums leave four for inputs and
-// weights. Both pieces of a tile read the same weights, from the first-level cache if they fit: those of a narrow panel
-// often do.
+// A tile is 16 channels wide and is computed in pieces of 6 pixels, whose 12 registers of sums leave four for inputs
+// and weights. Both pieces of a tile read the same weights, from the first-level cache if they fit: those of a narrow
+// panel often do.
 #pragma once
 
 #include "packed_gemm.h"

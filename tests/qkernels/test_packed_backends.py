@@ -578,8 +578,6 @@ def test_an_instruction_set_that_cannot_be_had_is_an_error(monkeypatch):
     for isa, why in (("sse2", "choose one of portable, avx2, avx512vnni"), *lacking):
         monkeypatch.setenv("QKERNELS_CPU_ISA", isa)
         with pytest.raises(RuntimeError, match=f"QKERNELS_CPU_ISA.*{isa}.*{why}"):
-            backend.packed_conv2d(
-                x, layer.packed, layer.scale, None, None, 7, *layer.geometry.arguments, True, "none"
-            )
+            backend.packed_conv2d(x, layer.packed, layer.scale, None, None, 7, *layer.geometry.arguments, True, "none")
         with pytest.raises(RuntimeError, match=f"QKERNELS_CPU_ISA.*{isa}.*{why}"):
             backend.packed_gemv(x[:, :, 0, 0], layer.packed, layer.scale, None, 7, True, "none")
