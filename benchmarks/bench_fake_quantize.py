@@ -21,6 +21,7 @@ FLOOR = "copies, same traffic"
 BOTH = "forward + backward"
 CHANNEL, TENSOR = 0, None
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+PEERS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # their sums for a scale are less careful
 
 
 def distinct_shapes(network: str) -> list[tuple[int, ...]]:
@@ -129,7 +130,7 @@ def single(
     for name, quantize in peers.FAKE_QUANTIZE.items():
         # PyTorch's op decides the edge of the range after rounding, so its gradients are not the paper's.
         right = expected if name != "native op" or passes == "forward" else None
-        contest.peer(name, partial(work_of, quantize), right, TOLERANCE[dtype])
+        contest.peer(name, partial(work_of, quantize), right, PEERS_TOLERANCE[dtype])
     contest.peer(FLOOR, lambda: copies(sets, passes))
     contest.measure(base=OURS)
 

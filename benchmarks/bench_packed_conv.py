@@ -165,36 +165,42 @@ def pytorch_int8(shape: Shape, sets: list[Inputs], weights: list[Tensor], scale:
     return work
 
 
-LINEAR = {"2048>1000": (2048, 1000), "4096>4096": (4096, 4096)}
+LINEAR = {"2048>1000": (2048, 1000), "4096>4096": (4096, 4096), "8192>8192": (8192, 8192)}
+full, gpu = pytest.mark.full, pytest.mark.gpu
+LAYERS = ["2048>1000", pytest.param("4096>4096", marks=full), pytest.param("8192>8192", marks=[full, gpu])]
+WIDTHS = [BITS, *(pytest.param(bits, marks=[full, gpu]) for bits in (2, 3, 4, 5, 6, 8))]
 
 
-@pytest.mark.parametrize("layer", ["2048>1000", pytest.param("4096>4096", marks=pytest.mark.full)])
-@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.full)], ids=lambda rows: f"rows{rows}")
-def bench_packed_gemv(contest: Contest, device: str, layer: str, rows: int) -> None:
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=full)], ids=lambda rows: f"rows{rows}")
+@pytest.mark.parametrize("bits", WIDTHS, ids=lambda bits: f"bits{bits}")
+def bench_packed_gemv(contest: Contest, device: str, layer: str, rows: int, bits: int) -> None:
     """Packed matrix-vector product of five members
 
-    Seven-bit weights, each member with rows of its own; float32 on a CPU, float16 on a GPU. Ratios are times over ours.
-    Target on an H200: at least 80 % of the bandwidth at one row.
+    Seven-bit weights where no other number stands, each member with rows of its own; float32 on a CPU, float16 on a
+    GPU. Ratios are times over ours. Target on an H200: at least 80 % of the bandwidth at one row.
     """
     inputs, outputs = LINEAR[layer]
     dtype = torch.float32 if device == "cpu" else torch.float16
     count = inputs * outputs
-    contest.parameters, contest.size = f"{layer}, {rows} row{'s' * (rows > 1)}", count * MEMBERS
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    contest.parameters = f"{layer}, {rows} row{'s' * (rows > 1)}" + f", {bits} bit" * (bits != BITS)
+    contest.size = count * MEMBERS
     scale = torch.rand(MEMBERS, outputs, device=device) * 0.01 + 0.005
 
     def make() -> tuple[Tensor, Tensor]:
-        codes = torch.randint(-64, 64, (MEMBERS, count), dtype=torch.int8, device=device)
+        codes = torch.randint(low, high, (MEMBERS, count), dtype=torch.int8, device=device)
         x = torch.randn(MEMBERS * rows, inputs, device=device).to(dtype)
-        return x, torch.stack([packed_ops.pack(member, BITS) for member in codes])
+        return x, torch.stack([packed_ops.pack(member, bits) for member in codes])
 
     sets = contest.rotate(make)
-    weights = [packed_ops.dequantize_packed(packed, scale, BITS, count, dtype) for _, packed in sets]
+    weights = [packed_ops.dequantize_packed(packed, scale, bits, count, dtype) for _, packed in sets]
     x, packed = sets[0]
-    expected = reference.packed_gemv(x, packed, scale, None, BITS, False, "none")
+    expected = reference.packed_gemv(x, packed, scale, None, bits, False, "none")
 
     def ours(i: int) -> Tensor:
         x, packed = sets[i]
-        return packed_ops.packed_gemv(x, packed, scale, None, BITS)
+        return packed_ops.packed_gemv(x, packed, scale, None, bits)
 
     def in_turn(i: int) -> Tensor:
         xs = sets[i][0].chunk(MEMBERS)

@@ -6,7 +6,7 @@ itself times is the whole round; the times of the contenders and their ratios in
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 
 from .contest import Contest
 from .report import result_lines
+from .timing import work_stream
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,7 +53,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def contest(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Contest:
+def contest(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Iterator[Contest]:
     """The contest that a benchmark fills with contenders and lets measure."""
     option = request.config.getoption
 
@@ -67,4 +68,5 @@ def contest(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Cont
             reporter.write_line(line)
 
     torch.manual_seed(0)
-    return Contest(device, option("--seconds"), drive, record, option("--full"))
+    with work_stream(device):
+        yield Contest(device, option("--seconds"), drive, record, option("--full"))

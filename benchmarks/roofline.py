@@ -1,5 +1,6 @@
 """What this machine can do at best, measured: how fast it copies, and how fast it multiplies."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -61,8 +62,9 @@ def _integers(device: str, order: int) -> Run:
 def _quantized(order: int) -> Run:
     """PyTorch's int8 linear layer, on CPUs faster than its plain product of int8 matrices."""
     a, b = (torch.randn(order, order) for _ in range(2))
-    x = torch.quantize_per_tensor(a, 0.05, 64, torch.quint8)
-    weight = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(b, 0.05, 0, torch.qint8), None)
+    with warnings.catch_warnings(action="ignore"):  # that newer PyTorch will leave these tensors to others
+        x = torch.quantize_per_tensor(a, 0.05, 64, torch.quint8)
+        weight = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(b, 0.05, 0, torch.qint8), None)
     return lambda: torch.ops.quantized.linear(x, weight, 1.0, 64)
 
 

@@ -7,6 +7,7 @@ then the time is that of its kernels, without Python's launches.
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,25 +29,29 @@ def seconds_of(run: Run, device: str) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def work_stream(device: str) -> AbstractContextManager[object]:
+    """Within, work goes to a stream that `captured` can capture.
+
+    Also what is only prepared must be in it: a backward runs on the stream of its forward.
+    """
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+
+
 def captured(run: Run) -> Run:
-    """`run` as the replay of a CUDA graph.
+    """`run` as the replay of a CUDA graph; to be called in `work_stream`.
 
     Raises:
         RuntimeError: if it waits for the GPU, as an `.item()` does, and cannot be captured.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    run()
+    # A capture that fails halfway leaves the allocator unusable, so what waits must show before.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         run()
-        # A capture that fails halfway leaves the allocator unusable, so what waits must show before.
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         run()
     return graph.replay
 
