@@ -87,7 +87,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--case", default="", metavar="PATTERN", help="only names that match this regular expression")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--report", action="store_true", help="write docs/performance.md from what is there and stop")
-    parser.add_argument("--gate", action="store_true", help="check ratios that hold with AVX-512 VNNI, write nothing")
+    parser.add_argument("--gate", action="store_true", help="check ratios that hold on known CPUs, write nothing")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
     parser.add_argument("--seconds", type=float, help="of measuring, for each set of parameters (default: 1, full: 10)")

@@ -12,7 +12,7 @@ from .timing import Run, seconds_of
 COPIED = {"cpu": 2**27, "cuda": 2**31}  # bytes, beyond every cache
 ORDER = {"cpu": 2048, "cuda": 8192}  # of the matrices, at most
 FIRST_ORDER = 256
-LONG = 0.2  # seconds; a product that takes so long tells the rate
+LONG = 0.05  # seconds; a product that takes so long tells the rate
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 REPEATS = 7
 

@@ -256,6 +256,7 @@ def test_repeats_bit_for_bit(backend, axis):
 
 
 @needs_gpu
+@pytest.mark.xdist_group("tens of gigabytes")
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_more_than_2_to_the_31_elements(backend, axis):
     columns = 2**31 // 64 + 13

@@ -120,6 +120,7 @@ def test_quantize(backend, dtype, layout):
 
 
 @needs_gpu
+@pytest.mark.xdist_group("tens of gigabytes")
 def test_more_than_2_31_codes(backend):
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GB of GPU memory")
