@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -49,14 +50,15 @@ def rows_of(machine: Row, *cases: str) -> Iterator[tuple[str, Row]]:
 
 
 def time_against_size(axes: Axes, machine: Row) -> bool:
-    """Forward + backward of single float32 tensors; a line a contender."""
-    points: dict[str, list[tuple[int, float]]] = {}
+    """Forward + backward of single float32 tensors; a line a contender, at each size the median of its shapes."""
+    points: dict[str, dict[int, list[float]]] = {}
     for _, row in rows_of(machine, "bench_weight", "bench_activation"):
         if "float32" in row["parameters"] and "forward + backward" in row["parameters"]:
             for name, times in row["contenders"].items():
-                points.setdefault(name, []).append((row["size"], times["milliseconds"][1]))
-    for name, line in points.items():
-        axes.loglog(*zip(*sorted(line), strict=True), marker="o", markersize=4, label=name)
+                points.setdefault(name, {}).setdefault(row["size"], []).append(times["milliseconds"][1])
+    for name, of_size in points.items():
+        sizes = sorted(of_size)
+        axes.loglog(sizes, [median(of_size[size]) for size in sizes], marker="o", markersize=4, label=name)
     axes.set(xlabel="elements", ylabel="forward + backward, ms")
     axes.grid(alpha=0.3)
     if points:
