@@ -27,13 +27,13 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc"
-sys.path.insert(0, str(ROOT / "build_support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "build_support"))
 import old_glibc
 from readme import readme
 from torch_headers import torch_include
 
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 MANYLINUX = os.environ.get("QKERNELS_MANYLINUX") == "1"
 OLD_GLIBC = ["csrc/old_glibc.cpp"] if MANYLINUX else []
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of PyTorch 2.11

@@ -13,10 +13,10 @@ import qkernels as qk
 import qtdog
 from qtdog.cli import main
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "build_support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "build_support"))
 from readme import readme
 
+ROOT = Path(__file__).parents[1]
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 
 
