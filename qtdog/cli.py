@@ -258,8 +258,8 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="qtdog",
         description=(
-            "Trains networks that hold up on domains they have never seen, by quantizing them while they train (QT-DoG), "
-            "and packs\nfive of them into the memory of one (EoQ)."
+            "Trains networks that hold up on domains they have never seen, by quantizing them while they train\n"
+            "(QT-DoG), and packs five of them into the memory of one (EoQ)."
         ),
         epilog=ORDER,
         exit_on_error=False,

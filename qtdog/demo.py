@@ -1,6 +1,7 @@
 """`qtdog demo`: ERM and QT-DoG, several seeds of each, and their ensembles, on one target domain of RotatedMNIST."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def run_demo(config: DemoConfig) -> None:
     with computing_threads(1):
         rows, picture = judge(config, jobs)
     (text, *_) = collect(CollectConfig(folder=config.output_dir), Log(shown=False))
-    PRINT(f"\n{table(rows)}\n\n{verdict(*rows)}\n")
+    PRINT(f"\n{table(rows)}\n\n{textwrap.fill(verdict(*rows), 110)}\n")
     PRINT(f"tables    {text} (also .md, .tex, .csv, .json)")
     PRINT(f"plot      {picture}: how the loss rises around the weights (numbers in .csv)")
     PRINT(f"ensemble  {jobs['qtdog'][0].folder.parent / 'trial0_ensemble' / 'packed'}: for `qtdog eval`")
@@ -164,21 +165,25 @@ def verdict(erm: Row, qtdog: Row, erms: Row, eoq: Row) -> str:
     """What the table says, in a sentence."""
     (quantized,), (floats,), single = eoq.target, erms.target, fmean(erm.target)
     beaten = sum(quantized > each for each in erm.target)
-    accuracy = difference(qtdog.target, erm.target, "more accurate than ERM", "less accurate than ERM", 1)
-    flatness = difference(qtdog.rises, erm.rises, "less flat", "flatter", 2)
+    accuracy = difference(qtdog.target, erm.target, ("more accurate than", "less accurate than", "as accurate as"), 1)
+    flatness = difference(qtdog.rises, erm.rises, ("less flat than", "flatter than", "as flat as"), 2)
     return (
-        f"On the domain left out EoQ has {quantized - single:+.1f} points against one ERM model (more than {beaten} of\n"
-        f"{len(erm.target)}) in {eoq.ratio:.2f} times its memory, where an ensemble of float models has "
-        f"{floats - single:+.1f} in {erms.ratio:.2f} times;\none QT-DoG model, in {qtdog.ratio:.2f} times, is {accuracy},\n"
-        f"and its minimum is {flatness}."
+        f"On the domain left out EoQ is {quantized - single:+.1f} points from the mean of ERM, above {beaten} of its "
+        f"{len(erm.target)} seeds, in {eoq.ratio:.2f} times the memory of one float model, where an ensemble of float "
+        f"models is {floats - single:+.1f} in {erms.ratio:.2f} times; a single QT-DoG model, in {qtdog.ratio:.2f} "
+        f"times, is {accuracy}, and its minimum is {flatness}."
     )
 
 
-def difference(values: Sequence[float], others: Sequence[float], more: str, less: str, digits: int) -> str:
-    """`more` or `less`, as values are by mean and standard error of their differences, seed by seed; or neither."""
+def difference(values: Sequence[float], others: Sequence[float], words: tuple[str, str, str], digits: int) -> str:
+    """How `values` compare with ERM's, in the words for more, less and the same, which is less than two errors.
+
+    The error is the standard error of the mean difference, seed by seed.
+    """
     gains = [value - other for value, other in zip(values, others, strict=True)]
     gain, error = fmean(gains), stdev(gains) / math.sqrt(len(gains))
-    told = f"({gain:+.{digits}f} ± {error:.{digits}f} by seed)"
-    if abs(gain) <= 2 * error:  # no evidence of a difference
-        return f"neither {more} nor {less} beyond chance {told}"
+    more, less, same = words
+    told = f"ERM ({gain:+.{digits}f} ± {error:.{digits}f} seed by seed)"
+    if abs(gain) <= 2 * error:
+        return f"within chance {same} {told}"
     return f"{more if gain > 0 else less} {told}"

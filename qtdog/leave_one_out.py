@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -197,13 +197,14 @@ def attempts(
         return
     # Not forked: a child of a process whose OpenMP threads have run would hang in its first parallel region.
     context = multiprocessing.get_context("spawn")
-    share, done = threads or max(1, cores() // at_once), context.Value("q", 0)
+    share, done = threads or max(1, cores() // at_once), steps_done()
+    before = done.value
     with ProcessPoolExecutor(min(at_once, len(jobs)), context, start_worker, (share, done)) as pool:
         left = {pool.submit(task, job, False): job for job in jobs}
         try:
             while left:
                 ended, _ = wait(left, timeout=WATCH_SECONDS, return_when=FIRST_COMPLETED)
-                watch(done.value)
+                watch(done.value - before)
                 for future in ended:
                     problem = future.exception()
                     if isinstance(problem, BrokenProcessPool):
@@ -214,6 +215,12 @@ def attempts(
                     yield left.pop(future), problem
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@cache
+def steps_done() -> "Synchronized[int]":
+    """Where all processes that this one starts count their steps: one for all, so that it is there as long as they."""
+    return multiprocessing.get_context("spawn").Value("q", 0)
 
 
 def start_worker(threads: int, done: "Synchronized[int]") -> None:
