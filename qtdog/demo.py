@@ -165,8 +165,10 @@ def verdict(erm: Row, qtdog: Row, erms: Row, eoq: Row) -> str:
     """What the table says, in a sentence."""
     (quantized,), (floats,), single = eoq.target, erms.target, fmean(erm.target)
     beaten = sum(quantized > each for each in erm.target)
-    accuracy = difference(qtdog.target, erm.target, ("more accurate than", "less accurate than", "as accurate as"), 1)
-    flatness = difference(qtdog.rises, erm.rises, ("less flat than", "flatter than", "as flat as"), 2)
+    accuracy = difference(
+        qtdog.target, erm.target, ("more accurate than ERM", "less accurate than ERM", "as accurate as ERM"), 1
+    )
+    flatness = difference(qtdog.rises, erm.rises, ("less flat than ERM's", "flatter than ERM's", "as flat as ERM's"), 2)
     return (
         f"On the domain left out EoQ is {quantized - single:+.1f} points from the mean of ERM, above {beaten} of its "
         f"{len(erm.target)} seeds, in {eoq.ratio:.2f} times the memory of one float model, where an ensemble of float "
@@ -176,14 +178,14 @@ def verdict(erm: Row, qtdog: Row, erms: Row, eoq: Row) -> str:
 
 
 def difference(values: Sequence[float], others: Sequence[float], words: tuple[str, str, str], digits: int) -> str:
-    """How `values` compare with ERM's, in the words for more, less and the same, which is less than two errors.
+    """How `values` compare with those of `others`, in the words for more, less, and for less than two errors.
 
     The error is the standard error of the mean difference, seed by seed.
     """
     gains = [value - other for value, other in zip(values, others, strict=True)]
     gain, error = fmean(gains), stdev(gains) / math.sqrt(len(gains))
     more, less, same = words
-    told = f"ERM ({gain:+.{digits}f} ± {error:.{digits}f} seed by seed)"
+    told = f"({gain:+.{digits}f} ± {error:.{digits}f} seed by seed)"
     if abs(gain) <= 2 * error:
         return f"within chance {same} {told}"
     return f"{more if gain > 0 else less} {told}"

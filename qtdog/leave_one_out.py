@@ -158,7 +158,7 @@ def carry_out(jobs: Sequence[Job], at_once: int, threads: int | None = None) -> 
     log = Log()
     for job in jobs:
         if job.finished:
-            log(f"{job.folder} is finished, not run again (--overwrite would)")
+            log(f"{job.folder} is finished, not run again (remove it, or train with --overwrite, to do so)")
     left = [job for job in jobs if not job.finished]
     for fact in dict.fromkeys(fact for job in left for fact in job.facts()):
         log(fact)
