@@ -55,8 +55,9 @@ def run_demo(config: DemoConfig) -> None:
         f"About 3 minutes on 2 cores. All goes to {config.output_dir}; what is finished there is not done again.\n"
     )
     jobs = {method: plan(train_config(config, method)) for method in METHOD_NAMES}
-    # One thread a run, as many runs as cores: steps of so small a network are too short to share.
-    carry_out([job for pair in zip(*jobs.values(), strict=True) for job in pair], at_once=max(2, cores()), threads=1)
+    # One thread a run: steps of so small a network are too short to share, and no thread waits for another.
+    at_once = min(max(2, cores()), 4)
+    carry_out([job for pair in zip(*jobs.values(), strict=True) for job in pair], at_once, threads=1)
     with computing_threads(1):
         rows, picture = judge(config, jobs)
     (text, *_) = collect(CollectConfig(folder=config.output_dir), Log(shown=False))
