@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qkernels import packed_ops, reference
+from qkernels import backends, packed_ops, reference
 from qkernels.packed_ops import Geometry
 
+from . import peers
 from .contest import Absent, Contest, Work
 from .costs import dtype_name
 
@@ -212,7 +213,13 @@ def bench_packed_gemv(contest: Contest, device: str, layer: str, rows: int, bits
     def batched(i: int) -> Tensor:
         return torch.bmm(sets[i][0].view(MEMBERS, rows, -1), weights[i].mT).flatten(0, 1)
 
+    def in_triton(i: int) -> Tensor:
+        x, packed = sets[i]
+        return backends.implementation("packed_gemv", "triton")(x, packed, scale, None, bits, False, "none")
+
     contest.ours("packed_gemv", ours, expected, ROUNDING[dtype])
+    if device == "cuda":
+        contest.peer(peers.TRITON, lambda: in_triton, expected, ROUNDING[dtype])
     contest.peer("linear layers in turn", lambda: in_turn, expected, ROUNDING[dtype])
     contest.peer("torch.bmm", lambda: batched, expected, ROUNDING[dtype])
     contest.measure(base="packed_gemv")

@@ -43,7 +43,7 @@ def test_a_peer_that_cannot_take_part_is_listed_with_the_reason(contest, recorde
     assert recorded["absent"]["missing"] == "not installed"
     assert recorded["absent"]["broken"] == "RuntimeError: no compiler"
     assert "100.00% of the elements are off" in recorded["absent"]["wrong"]
-    assert recorded["absent"]["slow"] == "slow: only with --full"
+    assert recorded["absent"]["slow"] == "slow: only with --full or --slow"
     assert recorded["rounds"] == 5 and recorded["contenders"]["ours"]["ratio"] == [1, 1, 1]
 
 
