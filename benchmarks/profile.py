@@ -97,9 +97,10 @@ SCALES = {"ns": 1.0, "us": 1e3, "ms": 1e6, "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1
 
 def in_base_unit(value: str, unit: str) -> str:
     """Nanoseconds and bytes without thousands' commas, whatever unit ncu chose."""
-    if unit not in SCALES:
+    number = value.replace(",", "")
+    if unit not in SCALES or not re.fullmatch(r"[\d.]+", number):
         return value
-    return f"{float(value.replace(',', '')) * SCALES[unit]:.0f}"
+    return f"{float(number) * SCALES[unit]:.0f}"
 
 
 def table_lines(rows: list[dict[str, str]]) -> Iterator[str]:
@@ -140,6 +141,8 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parsed()
+    if not arguments.results.exists():
+        sys.exit(f"{arguments.results} is not there: measure first, with `python -m benchmarks` or `.ci/gpu 2`")
     chosen = farthest(json.loads(arguments.results.read_text()), arguments.kernels)
     ncu = find_ncu()
     for number, slow in enumerate(chosen, 1):
