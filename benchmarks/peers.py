@@ -227,6 +227,27 @@ TRAINING: dict[str, Convert] = {
 }
 
 
+# Linear layers: weights [M, out, in], from x [M * rows, in] to [M * rows, out] ----------------------------------------
+
+
+def torchao_int8(weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """torchao's weight-only int8, member by member.
+
+    Raises:
+        Absent: without torchao.
+    """
+    require("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layers = nn.ModuleList()
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layers.append(layer)
+    quantize_(layers, Int8WeightOnlyConfig())
+    return lambda x: torch.cat([layer(rows) for layer, rows in zip(layers, x.chunk(len(layers)), strict=True)])
+
+
 # Ensembles: members -> images [N, 3, H, W] to the mean of their logits [N, classes] ----------------------------------
 
 Forward = Callable[[Tensor], Tensor]
