@@ -22,6 +22,7 @@ def run(monkeypatch, capfd):
         return capfd.readouterr().out
 
     monkeypatch.setitem(roofline.ORDER, "cpu", 128)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in its presence pytest-benchmark measures nothing
     return run
 
 
