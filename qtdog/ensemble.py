@@ -20,7 +20,7 @@ from qtdog.environment import describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.evaluation import domain_parts, member_accuracies, sources
 from qtdog.presets import METHODS
-from qtdog.runs import Log, ModelCard, find_runs, load_model, read_card, write_json, write_records
+from qtdog.runs import PRINT, Log, ModelCard, find_runs, load_model, read_card, write_json, write_records
 from qtdog.variants import common, described, settings_of, telling
 
 Member = tuple[Path, ModelCard]
@@ -38,7 +38,7 @@ def dataset_of(card: ModelCard, data_dir: str | None, log: Log) -> DomainSet:
     return dataset
 
 
-def make_ensembles(config: EnsembleConfig) -> list[Path]:
+def make_ensembles(config: EnsembleConfig, log: Log = PRINT) -> list[Path]:
     """Group runs by data set, method, settings, target and trial; write an ensemble of each group of two or more.
 
     A seed that was trained with several draws of hyper-parameters contributes the best by source validation.
@@ -46,7 +46,6 @@ def make_ensembles(config: EnsembleConfig) -> list[Path]:
     Returns:
         The folders written, each with results.jsonl and members.json.
     """
-    log = Log()
     device = pick_device(config.device)
     runs = [(folder, read_card(folder)) for folder in find_runs(config.runs)]
     names = telling((folder, card.dataset, card.run) for folder, card in runs)

@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy
 import timm
@@ -22,6 +24,17 @@ def pick_device(choice: str) -> torch.device:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def computing_threads(number: int) -> Iterator[None]:
+    """Within, PyTorch computes in that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_workers(wanted: int | None, reads_files: bool, jobs: int = 1) -> int:

@@ -6,6 +6,7 @@ perturbed.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from qtdog.errors import UserError
 from qtdog.partial import Partial, Recall, measured_anew
 from qtdog.pictures import csv_text, picture_path, save_picture
 from qtdog.probe import Probe, gaussian, movable, norm, probes
-from qtdog.runs import Log
+from qtdog.runs import PRINT, Log
 
 
 def direction(parameters: Sequence[Tensor], seed: int, index: int) -> list[Tensor]:
@@ -75,10 +76,11 @@ def loss_increase(
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's loss increase on one side, by radius."""
+    """One run's loss increase on one side, by radius. `members` is what it shares with the runs of other seeds."""
 
     run: str
     method: str
+    members: str
     side: str
     target: str
     loss: float
@@ -98,24 +100,36 @@ def measure(probe: Probe, config: FlatnessConfig, recall: Recall) -> list[Curve]
         config.directions,
         config.seed,
         recall,
-        lambda directions: iter(tqdm(directions, desc=f"flatness {probe.label}", unit="direction", disable=None)),
+        lambda directions: iter(
+            tqdm(directions, desc=f"flatness {probe.label}", unit="direction", leave=False, disable=None)
+        ),
     )
     run, target, length = str(probe.folder), probe.card.target, norm(parameters)
     mean = increases.mean(-1)
     stderr = increases.std(-1, correction=0) / math.sqrt(config.directions)
     return [
-        Curve(run, probe.label, side, target, loss, length, config.radii, mean[i].tolist(), stderr[i].tolist())
+        Curve(
+            run,
+            probe.label,
+            probe.members,
+            side,
+            target,
+            loss,
+            length,
+            config.radii,
+            mean[i].tolist(),
+            stderr[i].tolist(),
+        )
         for i, (side, loss) in enumerate(zip(probe.sides, at_zero, strict=True))
     ]
 
 
-def measure_flatness(config: FlatnessConfig) -> tuple[Path, Path]:
-    """Measure all runs, write the plot and the numbers; returns their paths."""
+def measure_flatness(config: FlatnessConfig, log: Log = PRINT) -> tuple[Path, list[Curve]]:
+    """Measure all runs, write the plot, and the numbers as .csv beside it; returns the plot's path and the numbers."""
     if config.directions < 1 or not config.radii or min(config.radii) < 0:
         raise UserError("--directions must be at least 1 and --radii not negative")
     picture = picture_path(config.output)
     kept = Partial(picture.with_suffix(".csv"))
-    log = Log()
     curves = []
     for probe in probes(config, log):
         measured = measure(probe, config, kept.of(probe.key))
@@ -128,7 +142,7 @@ def measure_flatness(config: FlatnessConfig) -> tuple[Path, Path]:
     table = save_picture(picture, plot(curves), curves_csv(curves))
     kept.forget()
     log(f"plot: {picture}\nnumbers: {table}")
-    return picture, table
+    return picture, curves
 
 
 def curves_csv(curves: Sequence[Curve]) -> str:
@@ -142,19 +156,33 @@ def curves_csv(curves: Sequence[Curve]) -> str:
 
 
 def plot(curves: Sequence[Curve]) -> Figure:
-    """Loss increase against radius: sources left, target right, one line a run with its standard error."""
+    """Loss increase against radius: sources left, target right.
+
+    A single run is a line with its standard error over the directions; runs that differ in their seed only are thin
+    lines with their mean, and a band of one standard deviation of the runs.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     colors = matplotlib.color_sequences["tab10"]
-    runs = list(dict.fromkeys(c.run for c in curves))
     targets = {c.target for c in curves}
-    for c in curves:
-        axis = axes[0 if c.side == "source" else 1]
-        color = colors[runs.index(c.run) % len(colors)]
-        mean, stderr = torch.tensor(c.mean), torch.tensor(c.stderr)
-        label = c.method if len(targets) == 1 else f"{c.method}, target {c.target}"
-        axis.plot(c.radii, c.mean, color=color, marker="o", markersize=3, label=label)
-        axis.fill_between(c.radii, mean - stderr, mean + stderr, color=color, alpha=0.2, linewidth=0)
+    for axis, side in zip(axes, ("source", "target"), strict=True):
+        groups: dict[tuple[str, str], list[Curve]] = defaultdict(list)
+        for c in curves:
+            if c.side == side:
+                groups[c.members, c.target].append(c)
+        for index, ((label, target), members) in enumerate(groups.items()):
+            color, first = colors[index % len(colors)], members[0]
+            means = torch.tensor([c.mean for c in members])
+            if len(members) == 1:
+                label, band, marker = first.method, torch.tensor(first.stderr), "o"
+            else:
+                label, band, marker = f"{label}, {len(members)} seeds", means.std(0), ""
+                axis.plot(first.radii, means.T, color=color, linewidth=0.6, alpha=0.6)
+            if len(targets) > 1:
+                label += f", target {target}"
+            mean = means.mean(0)
+            axis.plot(first.radii, mean, color=color, marker=marker, markersize=3, label=label)
+            axis.fill_between(first.radii, mean - band, mean + band, color=color, alpha=0.2, linewidth=0)
     for axis, title in zip(axes, ("source domains (validation part)", "target domain"), strict=True):
         axis.set(title=title, xlabel=r"radius $\gamma$", ylabel=r"$F_\gamma(w)$: increase of the loss")
         axis.legend(fontsize="small")

@@ -3,24 +3,29 @@
 import fcntl
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
 
 from qtdog import distributed
 from qtdog.config import Device, RunConfig, TrainConfig
-from qtdog.data import DomainSet, Preprocessing, load_dataset
-from qtdog.environment import cores, pick_device, pick_workers
+from qtdog.data import DIGITS, DomainSet, Preprocessing, load_dataset
+from qtdog.environment import cores, describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.models import preprocessing
-from qtdog.presets import seeds_of, settle
-from qtdog.runs import Log, run_folder
-from qtdog.trainer import prepare_folder, train
+from qtdog.presets import METHODS, seeds_of, settle
+from qtdog.progress import Progress, clock
+from qtdog.runs import Log, read_card, read_records, run_folder, seconds_of
+from qtdog.trainer import facts, prepare_folder, train
+
+WATCH_SECONDS = 0.5  # between two looks at how far the runs are
+_steps_done: "Synchronized[int] | None" = None  # in a process that `attempts` has started
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,38 @@ class Job:
         """Whether it has been trained to its end."""
         return (self.folder / "done").is_file()
 
-    def train(self, progress: bool = True) -> None:
-        """Train it in its prepared folder, with a progress bar on a terminal if `progress`."""
+    def train(self, shown: bool = True) -> None:
+        """Train it in its prepared folder, with log and progress bar printed if `shown`."""
         with sole_owner(self.folder):
-            prepared = preprocessing(self.run.backbone, self.run.image_size)
-            dataset = read_dataset(self.run.dataset, self.run.data_dir, prepared)
-            train(self.run, dataset, self.folder, prepared, pick_device(self.device), self.workers, progress)
+            prepared, dataset = self.data(shown)
+            train(self.run, dataset, self.folder, prepared, pick_device(self.device), self.workers, shown, count)
+
+    def data(self, shown: bool) -> tuple[Preprocessing | None, DomainSet]:
+        """How its images are prepared, and the images."""
+        prepared = preprocessing(self.run.backbone, self.run.image_size)
+        return prepared, read_dataset(self.run.dataset, self.run.data_dir, prepared, shown)
+
+    def facts(self) -> list[str]:
+        """What it has mostly in common with the other runs of a command, a line each."""
+        _, dataset = self.data(shown=True)
+        return facts(self.run, dataset.source, describe_environment(pick_device(self.device)))
+
+    def outcome(self) -> str:
+        """What came out, in a line."""
+        card, run = read_card(self.folder), self.run
+        took = clock(seconds_of(read_records(self.folder / "results.jsonl")))
+        return (
+            f"{METHODS[run.method].label}, target domain {card.target}, trial {run.trial_seed}, seed {run.seed}: "
+            f"source out {card.source_validation_accuracy:.4f}  target in {card.target_accuracy:.4f}  {took}"
+        )
 
 
 @lru_cache(maxsize=1)
-def read_dataset(name: str, data_dir: str | None, prepared: Preprocessing | None) -> DomainSet:
+def read_dataset(name: str, data_dir: str | None, prepared: Preprocessing | None, shown: bool) -> DomainSet:
     """The data set, read once by the jobs that a process trains one after the other."""
-    log = Log()
-    log(f"reading {name}" + (f" under {data_dir}" if data_dir else ""))
+    log = Log(shown=shown)
+    if name not in DIGITS:
+        log(f"reading {name}" + (f" under {data_dir}" if data_dir else ""))
     return load_dataset(name, data_dir, prepared, log)
 
 
@@ -99,7 +123,7 @@ def plan(config: TrainConfig) -> list[Job]:
     processes = config.jobs * distributed.local_world_size()
     workers = pick_workers(config.num_workers, reads_files=prepared is not None, jobs=processes)
     read_dataset.cache_clear()  # what is on disk now, not what another plan of this process has read
-    dataset = read_dataset(config.dataset, config.data_dir, prepared)
+    dataset = read_dataset(config.dataset, config.data_dir, prepared, True)
     domains = [domain.name for domain in dataset.domains]
     jobs = []
     for env in chosen(config.test_envs, dataset.name, domains):
@@ -129,24 +153,38 @@ def check_jobs(jobs: int) -> None:
         raise UserError("--jobs trains several runs at once, torchrun one run in several processes: use one of them")
 
 
-def carry_out(jobs: Sequence[Job], at_once: int) -> list[Path]:
-    """Train what is not finished, `at_once` jobs at a time, until one fails; returns all folders."""
+def carry_out(jobs: Sequence[Job], at_once: int, threads: int | None = None) -> list[Path]:
+    """Train what is not finished, `at_once` jobs at a time (see `attempts`), until one fails; returns all folders."""
     log = Log()
     for job in jobs:
         if job.finished:
-            log(f"{job.folder} is finished, not run again (--overwrite would)")
-    for _, error in attempts([job for job in jobs if not job.finished], at_once):
-        if error is not None:
-            raise error
+            log(f"{job.folder} is finished, not run again (remove it, or train with --overwrite, to do so)")
+    left = [job for job in jobs if not job.finished]
+    for fact in dict.fromkeys(fact for job in left for fact in job.facts()):
+        log(fact)
+    if at_once == 1:
+        for job in left:
+            job.train()
+    elif left:
+        with Progress(f"{len(left)} runs", sum(job.run.steps for job in left), log) as progress:
+            for job, error in attempts(left, at_once, watch=progress, threads=threads):
+                if error is not None:
+                    raise error
+                log(job.outcome())
     return [job.folder for job in jobs]
 
 
 def attempts(
-    jobs: Sequence[Job], at_once: int, task: Callable[[Job, bool], None] = Job.train
+    jobs: Sequence[Job],
+    at_once: int,
+    task: Callable[[Job, bool], None] = Job.train,
+    watch: Callable[[int], object] = lambda steps: None,
+    threads: int | None = None,
 ) -> Iterator[tuple[Job, BaseException | None]]:
-    """Do `task(job, progress)` for each job and yield it with its error, if any, as they end.
+    """Do `task(job, shown)` for each job and yield it with its error, if any, as they end.
 
-    With `at_once` > 1 each is done in one of that many processes, which share the CPU cores and show no progress.
+    With `at_once` > 1 each is done in one of that many processes, which print nothing and compute in `threads` threads,
+    by default their share of the CPU cores; `watch` is told now and then how many steps they have done together.
     """
     if at_once == 1 or not jobs:
         for job in jobs:
@@ -159,20 +197,44 @@ def attempts(
         return
     # Not forked: a child of a process whose OpenMP threads have run would hang in its first parallel region.
     context = multiprocessing.get_context("spawn")
-    threads = max(1, cores() // at_once)
-    with ProcessPoolExecutor(min(at_once, len(jobs)), context, torch.set_num_threads, (threads,)) as pool:
-        futures = {pool.submit(task, job, False): job for job in jobs}
+    share, done = threads or max(1, cores() // at_once), steps_done()
+    before = done.value
+    with ProcessPoolExecutor(min(at_once, len(jobs)), context, start_worker, (share, done)) as pool:
+        left = {pool.submit(task, job, False): job for job in jobs}
         try:
-            for future in as_completed(futures):
-                problem = future.exception()
-                if isinstance(problem, BrokenProcessPool):
-                    raise UserError(
-                        "a process was killed, perhaps for want of memory: try fewer --jobs, what is done and the "
-                        "checkpoints are kept"
-                    ) from problem
-                yield futures[future], problem
+            while left:
+                ended, _ = wait(left, timeout=WATCH_SECONDS, return_when=FIRST_COMPLETED)
+                watch(done.value - before)
+                for future in ended:
+                    problem = future.exception()
+                    if isinstance(problem, BrokenProcessPool):
+                        raise UserError(
+                            "a process was killed, perhaps for want of memory: try fewer --jobs, what is done and the "
+                            "checkpoints are kept"
+                        ) from problem
+                    yield left.pop(future), problem
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@cache
+def steps_done() -> "Synchronized[int]":
+    """Where all processes that this one starts count their steps: one for all, so that it is there as long as they."""
+    return multiprocessing.get_context("spawn").Value("q", 0)
+
+
+def start_worker(threads: int, done: "Synchronized[int]") -> None:
+    """Make this process one of those that `attempts` starts: its share of the cores, and where it counts its steps."""
+    global _steps_done
+    torch.set_num_threads(threads)
+    _steps_done = done
+
+
+def count(steps: int) -> None:
+    """Add to the steps that the processes of `attempts` have done together; nothing where there are none."""
+    if _steps_done is not None:
+        with _steps_done.get_lock():
+            _steps_done.value += steps
 
 
 def chosen(names: list[str], dataset: str, domains: list[str]) -> list[int]:

@@ -15,6 +15,7 @@ from qtdog.config import INQ_FRACTIONS, Quantization, RunConfig, TrainConfig
 from qtdog.data import DIGITS
 from qtdog.errors import UserError
 from qtdog.hparams import random_hparams
+from qtdog.models import DIGIT_NETWORKS
 from qtdog.steps import STEPS
 
 
@@ -273,13 +274,13 @@ def check(run: RunConfig) -> None:
     if run.eval_train_images is not None and run.eval_train_images < 1:
         raise UserError(f"--eval-train-images must be at least 1, not {run.eval_train_images}")
     is_digits = run.dataset in DIGITS
-    if is_digits != (run.backbone == "MNIST_CNN"):
-        fitting = "MNIST_CNN" if is_digits else "a timm model of RGB images, such as resnet50.tv_in1k"
+    if is_digits != (run.backbone in DIGIT_NETWORKS):
+        fitting = " or ".join(DIGIT_NETWORKS) if is_digits else "a timm model of RGB images, such as resnet50.tv_in1k"
         raise UserError(f"--backbone {run.backbone} does not take {run.dataset} images: use {fitting}")
     if is_digits:
         for name, none in _NOT_FOR_DIGITS.items():
             if getattr(run, name) != none:
-                raise UserError(f"--{dashed(name)} has no meaning for MNIST_CNN: leave it out")
+                raise UserError(f"--{dashed(name)} has no meaning for {run.backbone}: leave it out")
     for name, setting in {**run.loss, **run.step, **run.averaging}.items():
         if name in _LIMITS and not _LIMITS[name][0] <= setting <= _LIMITS[name][1]:
             least, most = _LIMITS[name]

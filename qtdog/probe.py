@@ -44,6 +44,10 @@ class Probe:
     def label(self) -> str:
         return run_label(self.card)
 
+    @property
+    def members(self) -> str:
+        return members_label(self.card)
+
     def losses(self) -> list[float]:
         """Mean cross-entropy in nats on each side, at the weights' present values."""
         return [mean_loss(self.model, images, self.device) for images in self.sides.values()]
@@ -51,11 +55,16 @@ class Probe:
 
 def run_label(card: ModelCard) -> str:
     """What to call a run in a plot: `QT-DoG 7 bit trial 0 seed 1`; with quantized inputs, `GAQAT 4/4 bit ...`."""
+    return f"{members_label(card)} seed {card.run.seed}"
+
+
+def members_label(card: ModelCard) -> str:
+    """What to call the runs that differ in their seed only: `QT-DoG 7 bit trial 0`."""
     bits = ""
     if card.quantization is not None:
         inputs = card.quantization["act_bits"]
         bits = f" {card.quantization['weight_bits']}{f'/{inputs}' if inputs else ''} bit"
-    return f"{METHODS[card.run.method].label}{bits} trial {card.run.trial_seed} seed {card.run.seed}"
+    return f"{METHODS[card.run.method].label}{bits} trial {card.run.trial_seed}"
 
 
 def probes(config: MeasureConfig, log: Log, plain: bool = True) -> Iterator[Probe]:

@@ -14,7 +14,7 @@ from qtdog.config import CollectConfig
 from qtdog.errors import UserError
 from qtdog.evaluation import mean_out_accuracy
 from qtdog.presets import METHODS
-from qtdog.runs import Log, ModelCard, find_runs, read_card, read_records, write_json, write_text
+from qtdog.runs import PRINT, Log, ModelCard, find_runs, read_card, read_records, write_json, write_text
 from qtdog.variants import described, differing, settings_of, telling
 
 Key = tuple[str, str]  # a method and a variant of it
@@ -339,9 +339,8 @@ def read_result(folder: Path) -> Result:
     return Result(folder, read_card(folder), max(read_records(folder / "results.jsonl"), key=lambda r: r["step"]))
 
 
-def collect(config: CollectConfig) -> list[Path]:
+def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:
     """Print the tables of everything under a folder; returns the paths of table.txt, .md, .tex, .csv and .json."""
-    log = Log()
     if config.digits < 0:
         raise UserError(f"--digits must not be negative, not {config.digits}")
     folder = Path(config.folder)

@@ -4,7 +4,7 @@ import copy
 import datetime
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -89,6 +89,31 @@ def scale_sizes(model: nn.Module) -> list[tuple[str, float, float, float]]:
     return [(name, size.mean().item(), size.min().item(), size.max().item()) for name, size in sizes]
 
 
+def facts(run: RunConfig, source: str, environment: dict[str, str]) -> list[str]:
+    """On which data, with which presets and versions: lines that the runs of one command have mostly in common."""
+    method, quantization = METHODS[run.method], run.quantization
+    described = "float"
+    if quantization:
+        inputs = f", inputs {quantization.act_bits} bit" if quantization.act_bits else ""
+        described = (
+            f"{quantization.weight_bits} bit per {quantization.granularity}{inputs}, "
+            f"from {quantization.switch_step} ({quantization.quantizer}, {quantization.qat_mode})"
+        )
+    rules = {"loss": method.algorithm, "step": method.step, "averaging": method.averaging}
+    numbers = {"loss": run.loss, "step": run.step, "averaging": run.averaging}
+    told = [
+        f"{kind} {rule}" + "".join(f" {name}={value}" for name, value in numbers[kind].items())
+        for kind, rule in rules.items()
+    ]
+    changed = ", ".join(f"{name}={value}" for name, value in changed_from_preset(run).items())
+    return [
+        f"data: {source}",
+        "environment: " + ", ".join(f"{name} {value}" for name, value in environment.items()),
+        f"method preset {run.method}: {', '.join(told)}, {described}",
+        f"protocol preset {run.dataset}, of {run.method}: {'changed ' + changed if changed else 'unchanged'}",
+    ]
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers of our own; on leaving, the caller's generators are as before. cuDNN without nondeterminism."""
@@ -105,30 +130,39 @@ def train(
     preprocessing: Preprocessing | None,
     device: torch.device,
     workers: int = 0,
-    progress: bool = True,
+    shown: bool = True,
+    count: Callable[[int], object] = lambda steps: None,
 ) -> ModelCard:
     """Train one run in `folder`, from its last checkpoint if there is one, and write the selected model there.
+
+    Args:
+        workers: processes that read images.
+        shown: print the log, which is kept in `folder` in any case, and on a terminal a progress bar.
+        count: is told of steps as they are done.
 
     Raises:
         UserError: for a loss that is not finite (the last checkpoint stays), or data other than the checkpoint's.
     """
     with seeded(seed_hash(run.seed, "model"), device):
-        trainer = Trainer(run, dataset, folder, device, workers)
+        trainer = Trainer(run, dataset, folder, device, workers, shown)
         trainer.restore()
-        trainer.run_steps(progress)
+        count(trainer.start)
+        trainer.run_steps(count)
         return trainer.finish(preprocessing)
 
 
 class Trainer:
     """The model, the optimizer and all else that changes while a run trains."""
 
-    def __init__(self, run: RunConfig, dataset: DomainSet, folder: Path, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, run: RunConfig, dataset: DomainSet, folder: Path, device: torch.device, workers: int, shown: bool
+    ) -> None:
         self.run, self.dataset, self.folder, self.device, self.workers = run, dataset, folder, device, workers
         self.method = METHODS[run.method]
         self.target = dataset.domains[run.test_env].name
         self.sources = sources(run, dataset)
         self.environment = describe_environment(device)
-        self.log = Log(folder / "out.txt")
+        self.log = Log(folder / "out.txt", shown)
         self.announce()
 
         parts = domain_parts(run, dataset)
@@ -150,38 +184,22 @@ class Trainer:
         self.best: dict[str, Any] | None = None  # step, validation accuracy, accuracies, and the model's state dict
 
     def announce(self) -> None:
-        """Say what runs, on which data, with which presets and versions."""
-        run, quantization = self.run, self.run.quantization
+        """Say what runs; on which data, with which presets and versions, is kept and not said again for every run."""
+        run = self.run
         self.log(
             f"{self.method.label} on {self.dataset.name}, target domain {self.target}, trial {run.trial_seed}, "
             f"seed {run.seed} -> {self.folder}"
         )
-        self.log(f"data: {self.dataset.source}")
-        described = "float"
-        if quantization:
-            inputs = f", inputs {quantization.act_bits} bit" if quantization.act_bits else ""
-            described = (
-                f"{quantization.weight_bits} bit per {quantization.granularity}{inputs}, "
-                f"from {quantization.switch_step} ({quantization.quantizer}, {quantization.qat_mode})"
-            )
-        rules = {"loss": self.method.algorithm, "step": self.method.step, "averaging": self.method.averaging}
-        numbers = {"loss": run.loss, "step": run.step, "averaging": run.averaging}
-        told = [
-            f"{kind} {rule}" + "".join(f" {name}={value}" for name, value in numbers[kind].items())
-            for kind, rule in rules.items()
-        ]
-        self.log(f"method preset {run.method}: {', '.join(told)}, {described}")
-        changed = ", ".join(f"{name}={value}" for name, value in changed_from_preset(run).items())
-        self.log(f"protocol preset {run.dataset}: {'changed ' + changed if changed else 'unchanged'}")
-        self.log("environment: " + ", ".join(f"{name} {value}" for name, value in self.environment.items()))
+        for fact in facts(run, self.dataset.source, self.environment):
+            self.log.keep(fact)
 
-    def run_steps(self, progress: bool) -> None:
+    def run_steps(self, count: Callable[[int], object]) -> None:
         """All steps from `start` on, with an evaluation and a checkpoint at every `checkpoint_freq`-th and the last."""
         run = self.run
         losses: list[float] = []
         began = time.perf_counter()
         train_mode(self.model, run.freeze_bn)
-        bar_off = None if progress and is_first() else True  # None: off where there is no terminal
+        bar_off = None if self.log.shown and is_first() else True  # None: off where there is no terminal
         bar = tqdm(total=run.steps, initial=self.start, desc=f"{self.method.label} {self.target}", disable=bar_off)
         with bar:
             for step, batch in enumerate(self.batches(self.start, run.steps), self.start):
@@ -200,6 +218,7 @@ class Trainer:
                     self.checkpoint(step, mean_loss, step_time)
                     losses, began = [], time.perf_counter()
                 bar.update()
+                count(1)
 
     def batches(self, start: int, stop: int, whole: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """This process's share of the minibatches of these steps, or the `whole` of them.

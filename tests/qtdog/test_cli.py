@@ -7,9 +7,8 @@ import pytest
 import yaml
 from tiny import DIGITS, ICON_STYLES, make_pictures
 
-from qtdog import cli, demo, environment
+from qtdog import cli, environment
 from qtdog.cli import main
-from qtdog.config import DemoConfig
 from qtdog.data import domain_names, load_dataset
 from qtdog.errors import UserError
 from qtdog.leave_one_out import chosen
@@ -156,7 +155,7 @@ def test_every_target_of_colored_mnist(digits_dir, tmp_path):
     assert {path.parent.parent.name for path in tmp_path.rglob("done")} == {"+90%", "+80%", "-90%"}
 
 
-def test_runs_at_once_give_the_same_as_one_by_one(digits_dir, tmp_path):
+def test_runs_at_once_give_the_same_as_one_by_one(digits_dir, tmp_path, capsys):
     arguments = [
         "train",
         *DIGITS,
@@ -171,7 +170,15 @@ def test_runs_at_once_give_the_same_as_one_by_one(digits_dir, tmp_path):
         str(digits_dir),
     ]
     assert main([*arguments, "--output-dir", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
     assert main([*arguments, "--output-dir", str(tmp_path / "two"), "--jobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert all(out.count(fact) == 1 for fact in ("data: ", "environment: ", "method preset erm", "protocol preset"))
+    for seed in (0, 1):  # what came out of each run in a line, all else in its file
+        assert out.count(f"ERM, target domain 0, trial 0, seed {seed}: source out ") == 1
+        kept = (tmp_path / "two" / "RotatedMNIST" / "erm" / "0" / f"trial0_seed{seed}" / "out.txt").read_text()
+        assert "environment: " in kept and "step     1  loss" in kept
+    assert "  loss " not in out
     for seed in (0, 1):
         file = Path("RotatedMNIST", "erm", "0", f"trial0_seed{seed}", "model.safetensors")
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -195,25 +202,6 @@ def test_too_few_images_to_hold_out(digits_dir, tmp_path, capsys):
                  "--output-dir", str(tmp_path)]  # fmt: skip
     assert main(arguments) == 2
     assert "too few to hold out 1%" in capsys.readouterr().err
-
-
-def test_demo_end_to_end(digits_dir, tmp_path, capsys):
-    output = tmp_path / "demo"
-    arguments = ["demo", "--output-dir", str(output), "--data-dir", str(digits_dir), "--steps", "6", "--members", "2"]
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    for name in ("table.txt", "model.safetensors", "flatness.png"):
-        assert name in out.split("written:")[-1]
-    table = (output / "table.txt").read_text()
-    assert [line.split()[0] for line in table.splitlines()[4:7]] == ["ERM", "QT-DoG", "EoQ"]
-    assert (output / "flatness.csv").is_file()
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.count("is finished, not run again") == 3
-
-
-def test_demo_settings_are_checked():
-    with pytest.raises(UserError, match="--members"):
-        demo.run_demo(DemoConfig(members=1))
 
 
 @pytest.mark.skipif(not ICON_STYLES.is_file(), reason=f"{ICON_STYLES} is not there")

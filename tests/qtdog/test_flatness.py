@@ -98,6 +98,20 @@ def test_command_measures_the_dequantized_model(trained, digits_dir, tmp_path, c
     assert float(mine[1]["increase"]) == pytest.approx(sum(rises) / 3, rel=1e-3, abs=1e-5)
 
 
+def test_runs_of_several_seeds_are_thin_lines_with_their_mean_and_spread(trained, tmp_path):
+    picture, curves = flatness.measure_flatness(
+        FlatnessConfig([str(trained)], output=str(tmp_path / "flat.png"), radii=[0.0, 1.0], directions=1, max_images=1)
+    )
+    assert picture.is_file() and len(curves) == 3 * 2
+    source, _ = flatness.plot(curves).axes
+    assert [line.get_label() for line in source.lines if not line.get_label().startswith("_")] == [
+        "ERM trial 0 seed 0", "QT-DoG 7 bit trial 0, 2 seeds"
+    ]  # fmt: skip
+    ends = [curve.mean[-1] for curve in curves if curve.side == "source"]
+    drawn = sorted(line.get_ydata()[-1] for line in source.lines)
+    assert drawn == pytest.approx(sorted([*ends, sum(ends[1:]) / 2]), rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("wrong", [{"directions": 0}, {"radii": []}, {"radii": [-1.0]}, {"max_images": 0}])
 def test_settings_that_make_no_sense(trained, wrong):
     with pytest.raises(UserError):

@@ -3,8 +3,9 @@ import safetensors.torch
 import timm
 import torch
 
+import qkernels as qk
 from qtdog.errors import UserError
-from qtdog.models import MNIST_CNN, build_model, load_weights, preprocessing, train_mode
+from qtdog.models import MNIST_CNN, build_model, head, load_weights, preprocessing, style_layers, train_mode
 
 TINY = "test_resnet"
 
@@ -24,12 +25,20 @@ def test_mnist_cnn_is_domainbeds():
     torch.testing.assert_close(model(x), model.classifier(features.mean((2, 3))))
 
 
+def test_small_cnn_takes_digits_and_all_its_layers_but_the_classifier_are_quantized():
+    model = build_model("SMALL_CNN", classes=3, channels=2)
+    assert model(torch.rand(4, 2, 28, 28)).shape == (4, 3) and head(model) is model.classifier
+    assert style_layers(model) == [model.block1, model.block2, model.block3]
+    report = qk.quantize_(model)
+    assert len(report.quantized) == 4 and list(report.skipped) == ["classifier"]
+
+
 def test_preprocessing_is_timms():
     config = preprocessing("tf_efficientnet_lite0", None)
     assert config.mean == config.std == (0.5, 0.5, 0.5) and config.image_size == 224
     assert preprocessing("resnet50.tv_in1k", 64).image_size == 64
     assert preprocessing("resnet50.tv_in1k", None).mean == pytest.approx((0.485, 0.456, 0.406))
-    assert preprocessing("MNIST_CNN", None) is None
+    assert preprocessing("MNIST_CNN", None) is preprocessing("SMALL_CNN", None) is None
 
 
 @pytest.mark.parametrize(
