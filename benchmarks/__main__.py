@@ -52,29 +52,31 @@ class Collected:
             self.markers[name] = {marker.name for marker in item.iter_markers()}
 
 
-def options(arguments: argparse.Namespace) -> list[str]:
-    """pytest's arguments for the benchmarks that are asked for."""
+def options(arguments: argparse.Namespace, case: str = "") -> list[str]:
+    """pytest's arguments for the benchmarks that are asked for and match `case`."""
     chosen = [f"--device={arguments.device}", f"--threads={arguments.threads}", f"--seconds={arguments.seconds}"]
-    chosen += ["--full"] * arguments.full + [f"--case={arguments.case}"]
+    chosen += ["--full"] * arguments.full + [f"--case={case}"]
+    chosen += [f"--slow={arguments.slow}"] * (arguments.slow is not None)
     chosen += ["--rootdir", str(FOLDER), "-c", str(FOLDER / "pytest.ini")]
     return [*chosen, "-qq", "--no-header", "--disable-warnings", "-s"]
 
 
-def collect(arguments: argparse.Namespace) -> Collected:
+def collect(arguments: argparse.Namespace, case: str) -> Collected:
     collected = Collected()
     files = [str(FOLDER / file) for file in FILES]
     with contextlib.redirect_stdout(io.StringIO()):  # pytest's own list
-        pytest.main([*options(arguments), "--collect-only", *files], plugins=[collected])
+        pytest.main([*options(arguments, case), "--collect-only", *files], plugins=[collected])
     return collected
 
 
-def measure(name: str, allocator: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+def measure(name: str, case: str, allocator: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
     """Run one benchmark in a process of its own; returns what it measured, and whether nothing failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.json"
-        command = [sys.executable, "-m", "pytest", *options(arguments), f"--benchmark-json={file}", "--benchmark-quiet"]
+        command = [sys.executable, "-m", "pytest", *options(arguments, case), f"--benchmark-json={file}"]
+        command += ["--benchmark-quiet", str(FOLDER / name)]
         environment = os.environ | ALLOCATORS[allocator]
-        process = subprocess.run([*command, str(FOLDER / name)], env=environment, check=False, cwd=FOLDER.parent)
+        process = subprocess.run(command, env=environment, check=False, cwd=FOLDER.parent)
         measured = json.loads(file.read_text())["benchmarks"] if file.exists() and file.stat().st_size else []
     return [row["extra_info"] | {"allocator": allocator} for row in measured], process.returncode == 0
 
@@ -84,7 +86,18 @@ def parsed() -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="all parameters and peers; an hour or more")
-    parser.add_argument("--case", default="", metavar="PATTERN", help="only names that match this regular expression")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        default=[""],
+        metavar="PATTERN",
+        help="only names that match one of these regular expressions, those of the first before those of the next",
+    )
+    parser.add_argument(
+        "--slow",
+        metavar="PATTERN",
+        help="peers that take minutes to prepare take part if their names match (default: none; with --full: all)",
+    )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--report", action="store_true", help="write docs/performance.md from what is there and stop")
     parser.add_argument("--gate", action="store_true", help="check ratios that hold on known CPUs, write nothing")
@@ -95,6 +108,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to write (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.seconds = arguments.seconds or (10.0 if arguments.full else 1.0)
+    if arguments.full and arguments.slow is None:
+        arguments.slow = ""
     return arguments
 
 
@@ -107,10 +122,14 @@ def main() -> None:
         return
     if arguments.gate:
         sys.exit("; ".join(gate.check()) or 0)
-    collected = collect(arguments)
+    chosen = [(case, collect(arguments, case)) for case in arguments.case]
+    for case, collected in chosen:
+        if not collected.parameters:
+            sys.exit(f"no benchmark matches --case {case!r}")
     if arguments.list:
-        for name, parameters in collected.parameters.items():
-            print(name, *filter(None, parameters), sep="\n    ")
+        for _, collected in chosen:
+            for name, parameters in collected.parameters.items():
+                print(name, *filter(None, parameters), sep="\n    ")
         return
     path = arguments.results / machine.file_name(machine.machine_name(arguments.device, arguments.threads))
     results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
@@ -121,17 +140,18 @@ def main() -> None:
         "roofline": roofline.measure(arguments.device),
     }
     todo = [
-        (name, allocator)
+        (name, case, allocator)
+        for case, collected in chosen
         for name in collected.parameters
         for allocator in (ALLOCATORS if both_allocators(collected.markers[name], arguments) else ["default"])
     ]
     failed = []
-    for number, (name, allocator) in enumerate(todo, 1):
+    for number, (name, case, allocator) in enumerate(todo, 1):
         seconds = time.monotonic() - start
         if arguments.limit and seconds > arguments.limit:
             sys.exit(f"stopped after {seconds:.0f} s, before {name}")
         print(f"[{number}/{len(todo)}, {seconds:.0f} s] {name}, allocator {allocator}", flush=True)
-        rows, fine = measure(name, allocator, arguments)
+        rows, fine = measure(name, case, allocator, arguments)
         if not fine:
             failed.append(f"{name}, allocator {allocator}")
         if rows:

@@ -76,7 +76,7 @@ MORE_ACTIVATIONS: list[Values] = [
     (shape, torch.float32, TENSOR, BOTH) for shapes in FEATURES.values() for shape in shapes if shape != (64, 56, 56)
 ]
 MORE_ACTIVATIONS += [((64, 56, 56), torch.float32, TENSOR, passes) for passes in ("forward", "backward")]
-MORE_ACTIVATIONS += [((64, 56, 56), torch.bfloat16, TENSOR, BOTH), ((256, 56, 56), torch.bfloat16, TENSOR, BOTH)]
+MORE_ACTIVATIONS += [(shape, torch.bfloat16, TENSOR, BOTH) for shape in ((64, 56, 56), (256, 56, 56), (197, 1536))]
 
 
 @pytest.mark.both_allocators
@@ -131,6 +131,8 @@ def single(
         # PyTorch's op decides the edge of the range after rounding, so its gradients are not the paper's.
         right = expected if name != "native op" or passes == "forward" else None
         contest.peer(name, partial(work_of, quantize), right, PEERS_TOLERANCE[dtype])
+    if contest.device == "cuda":
+        contest.peer(peers.TRITON, lambda: work_of(peers.fake_quantize_in_triton), expected, TOLERANCE[dtype])
     contest.peer(FLOOR, lambda: copies(sets, passes))
     contest.measure(base=OURS)
 
@@ -211,6 +213,10 @@ def bench_all_weights(contest: Contest, network: str) -> None:
 
         return work
 
+    @torch.no_grad()
+    def in_triton(_: int) -> list[Tensor]:
+        return peers.fake_quantize_multi_in_triton(weights, scales, upstream, qmin, qmax, factors)
+
     with torch.no_grad():
         expected = reference.fake_quantize_multi_backward(
             upstream, weights, scales, [qmin] * layers, [qmax] * layers, 0, factors, True
@@ -218,7 +224,11 @@ def bench_all_weights(contest: Contest, network: str) -> None:
     contest.ours(MULTI, ours, [*expected[0], *expected[1]])
     for name, quantize in peers.FAKE_QUANTIZE.items():
         right = None if name == "native op" else [*expected[0], *expected[1]]
-        contest.peer(name, partial(layer_by_layer, quantize), right)
+        # On a GPU every shape is compiled anew.
+        enter = contest.slow_peer if contest.device == "cuda" and name == "compiled LSQ" else contest.peer
+        enter(name, partial(layer_by_layer, quantize), right)
+    if contest.device == "cuda":
+        contest.peer(peers.TRITON, lambda: in_triton, [*expected[0], *expected[1]])
     contest.peer(FLOOR, lambda: all_copies(weights, upstream))
     contest.measure(base=MULTI)
 

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qkernels import packed_ops, reference
+from qkernels import backends, packed_ops, reference
 from qkernels.packed_ops import Geometry
 
+from . import peers
 from .contest import Absent, Contest, Work
 from .costs import dtype_name
 
 MEMBERS, BITS = 5, 7
 OURS = "packed, integer"
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+TORCHAO_ROUNDING = 2e-2  # it finds a scale of its own for weights that were quantized before
 ONE_CODE = 1.5 / 255  # PyTorch's op rounds its multipliers
 
 
@@ -209,10 +211,21 @@ def bench_packed_gemv(contest: Contest, device: str, layer: str, rows: int, bits
         xs = sets[i][0].chunk(MEMBERS)
         return torch.cat([F.linear(x, w) for x, w in zip(xs, weights[i], strict=True)])
 
+    def torchao() -> Work:
+        of_sets = [peers.torchao_int8(weight) for weight in weights]
+        return lambda i: of_sets[i](sets[i][0])
+
     def batched(i: int) -> Tensor:
         return torch.bmm(sets[i][0].view(MEMBERS, rows, -1), weights[i].mT).flatten(0, 1)
 
+    def in_triton(i: int) -> Tensor:
+        x, packed = sets[i]
+        return backends.implementation("packed_gemv", "triton")(x, packed, scale, None, bits, False, "none")
+
     contest.ours("packed_gemv", ours, expected, ROUNDING[dtype])
+    if device == "cuda":
+        contest.peer(peers.TRITON, lambda: in_triton, expected, ROUNDING[dtype])
     contest.peer("linear layers in turn", lambda: in_turn, expected, ROUNDING[dtype])
     contest.peer("torch.bmm", lambda: batched, expected, ROUNDING[dtype])
+    contest.peer("torchao int8, in turn", torchao, expected, TORCHAO_ROUNDING)
     contest.measure(base="packed_gemv")

@@ -84,6 +84,8 @@ def enter_floats(contest: Contest, floats: list[nn.Module], images: Tensor) -> N
         enter("one float32 model, max-autotune", lambda: peers.max_autotuned(models[0]), one, slow=True)
         halves = [copy.deepcopy(m).half().to(memory_format=torch.channels_last) for m in models]
         x = images.half().contiguous(memory_format=torch.channels_last)
+        enter("one float16 model", lambda: halves[0], one)
+        enter("one float16 model, max-autotune", lambda: peers.max_autotuned(halves[0]), one, slow=True)
         enter("five float16 members", lambda: peers.in_turn(halves))
         enter("five float16 members on streams", lambda: peers.on_streams(halves))
 

@@ -22,7 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--threads", type=int, default=None)
     group.addoption("--seconds", type=float, default=2.0, help="to measure, for each set of parameters")
-    group.addoption("--full", action="store_true", help="all parameters and peers")
+    group.addoption("--full", action="store_true", help="all parameters")
+    group.addoption("--slow", help="regular expression of the names of slow peers that take part")
+    group.addoption("--profile", action="store_true", help="time nothing, run each of ours once for a profiler")
     group.addoption("--case", default="", help="regular expression of the names of benchmarks")
 
 
@@ -61,12 +63,13 @@ def contest(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Iter
         benchmark.pedantic(one_round, rounds=rounds)
 
     def record(result: dict[str, Any]) -> None:
-        case = request.node.nodeid.partition("[")[0].rpartition("/")[2]
-        benchmark.extra_info.update(result, case=case, text=inspect.cleandoc(request.function.__doc__))
+        case, _, parameters = request.node.nodeid.rpartition("/")[2].partition("[")
+        text = inspect.cleandoc(request.function.__doc__)
+        benchmark.extra_info.update(result, case=case, text=text, id=parameters.rstrip("]"))
         reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
         for line in result_lines(result):
             reporter.write_line(line)
 
     torch.manual_seed(0)
     with work_stream(device):
-        yield Contest(device, option("--seconds"), drive, record, option("--full"))
+        yield Contest(device, option("--seconds"), drive, record, option("--slow"), option("--profile"))

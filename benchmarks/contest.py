@@ -1,5 +1,6 @@
 """A contest: several ways to do the same work, checked against the reference and then timed side by side."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,8 @@ class Contest:
         seconds: about how long to measure.
         drive: calls its first argument, one round, as often as its second says (pytest-benchmark's loop).
         record: gets what was measured, plain types: what the report needs.
-        full: whether peers that take minutes to prepare take part.
+        slow: the pattern of peers that take part although they take minutes to prepare.
+        profile: instead of timing, run each of ours once where a profiler that was told so looks.
         parameters: what tells this benchmark from others of the same function, for the report.
         size: elements or images, the x axis of the plot of time against size.
         sets: how many sets of inputs there are; a round does the work on each, so that none is found in a cache.
@@ -47,7 +49,8 @@ class Contest:
     seconds: float
     drive: Callable[[Run, int], None]
     record: Callable[[dict[str, Any]], None]
-    full: bool = False
+    slow: str | None = None
+    profile: bool = False
     parameters: str = ""
     size: int | None = None
     sets: int = 1
@@ -99,14 +102,17 @@ class Contest:
             self.contenders[name] = work
 
     def slow_peer(self, name: str, make: Callable[[], Work], expected: Any = None, tolerance: float = 1e-4) -> None:
-        """A peer that takes too long to prepare or to run for the quick set."""
-        if self.full:
+        """A peer that takes too long to prepare or to run unless it is asked for."""
+        if self.slow is not None and re.search(self.slow, name):
             self.peer(name, make, expected, tolerance)
         else:
-            self.absent[name] = "slow: only with --full"
+            self.absent[name] = "slow: only with --full or --slow"
 
     def measure(self, base: str) -> None:
         """Time every contender once a round, and record the result; ratios are to `base` in the same round."""
+        if self.profile:
+            self._profile()
+            return
         runs, launched = {}, []
         for name, work in self.contenders.items():
             runs[name] = self._over_all_sets(work)
@@ -144,6 +150,14 @@ class Contest:
             "phases": {name: self._phase_milliseconds(self.phases[name]) for name in runs if name in self.phases},
         }
         self.record(result)
+
+    def _profile(self) -> None:
+        for name in self.work:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            self.contenders[name](0)
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
 
     def _over_all_sets(self, work: Work) -> Run:
         def run() -> None:

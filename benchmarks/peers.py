@@ -1,12 +1,14 @@
 """The other ways to do the same: of fake-quantizing a tensor, of training a quantized model, of asking five models."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qkernels as qk
+from qkernels import backends
 from qkernels.quantizers import code_range
 
 from .contest import Absent
@@ -55,6 +57,41 @@ compiled_lsq = torch.compile(eager_lsq, fullgraph=True, dynamic=False)
 """The eager composition under torch.compile: what fusing can gain without a kernel of one's own."""
 
 FAKE_QUANTIZE: dict[str, Quantize] = {"eager LSQ": eager_lsq, "native op": native, "compiled LSQ": compiled_lsq}
+
+
+# Our own kernels in Triton, beside those in C++/CUDA that serve the ops where they were built -----------------------
+
+TRITON = "in Triton"
+
+
+class _FakeQuantizeInTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, factor: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.arguments = (qmin, qmax, axis, factor, False)
+        return backends.implementation("fake_quantize", "triton")(x, scale, None, *ctx.arguments, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, scale = ctx.saved_tensors
+        backward = backends.implementation("fake_quantize_backward", "triton")
+        return *backward(grads[0], x, scale, None, *ctx.arguments, True)[:2], *(None,) * 4
+
+
+def fake_quantize_in_triton(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, factor: float) -> Tensor:
+    return _FakeQuantizeInTriton.apply(x, scale, qmin, qmax, axis, factor)  # type: ignore[no-any-return]
+
+
+def fake_quantize_multi_in_triton(
+    xs: list[Tensor], scales: list[Tensor], grads: list[Tensor], qmin: int, qmax: int, factors: list[float]
+) -> list[Tensor]:
+    """Forward, then the gradients of xs and scales."""
+    codes = ([qmin] * len(xs), [qmax] * len(xs), 0, factors)
+    backends.implementation("fake_quantize_multi", "triton")(xs, scales, *codes, None)
+    of_xs, of_scales = backends.implementation("fake_quantize_multi_backward", "triton")(
+        grads, xs, scales, *codes, True
+    )
+    return [*of_xs, *of_scales]
 
 
 # Training: a float model and the bits of weights and inputs -> the same model, quantized ----------------------------
@@ -188,6 +225,27 @@ TRAINING: dict[str, Convert] = {
     "torchao": torchao,
     "brevitas": brevitas,
 }
+
+
+# Linear layers: weights [M, out, in], from x [M * rows, in] to [M * rows, out] ----------------------------------------
+
+
+def torchao_int8(weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """torchao's weight-only int8, member by member.
+
+    Raises:
+        Absent: without torchao.
+    """
+    require("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layers = nn.ModuleList()
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layers.append(layer)
+    quantize_(layers, Int8WeightOnlyConfig())
+    return lambda x: torch.cat([layer(rows) for layer, rows in zip(layers, x.chunk(len(layers)), strict=True)])
 
 
 # Ensembles: members -> images [N, 3, H, W] to the mean of their logits [N, classes] ----------------------------------

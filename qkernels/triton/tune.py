@@ -1,8 +1,14 @@
 """`python -m qkernels.triton.tune` times packed convolutions on the GPU at hand and prints the entries that
-`tuning._MEASURED` should have for it. Most of the time goes into compiling: a dozen tiles for each kind of shape."""
+`tuning._MEASURED` should have for it. Most of the time goes into compiling, a dozen tiles for each kind of shape, so
+that is done by many processes; then one alone times what they left in Triton's cache."""
 
 import argparse
+import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from timm import create_model
@@ -39,6 +45,7 @@ def layers(name: str) -> set[tuple[tuple[int, ...], int, Geometry]]:
     return found
 
 
+@torch.no_grad()
 def run(shape: tuple[int, ...], channels: int, geometry: Geometry, batch: int, dtype: torch.dtype) -> None:
     """One convolution of MEMBERS members, which tunes its kind of shape at first use."""
     codes = channels * geometry.kernel[0] * geometry.kernel[1] * shape[0]
@@ -54,31 +61,63 @@ def run(shape: tuple[int, ...], channels: int, geometry: Geometry, batch: int, d
         packed_conv2d(x.to(dtype), packed, scale, scale, BITS, geometry, activation="relu")
 
 
+def forget_tiles() -> None:
+    """So that every shape is tuned, as on a device without a table."""
+    tuning._MEASURED.clear()
+    tuning._tuned[torch.device("cuda", torch.cuda.current_device())] = {}
+
+
+def only_compile() -> None:
+    """In this process a tile is launched once where it would be timed, and no choice is kept."""
+
+    def launched(run: Callable[[], object]) -> float:
+        run()
+        return 0.0
+
+    forget_tiles()
+    tuning.milliseconds = launched
+    os.environ["XDG_CACHE_HOME"] = os.devnull
+
+
+def entries() -> str:
+    """The tiles found so far, as `tuning._MEASURED` has them."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    tiles = [f'    "{key}": {tile},\n' for key, tile in sorted(tuning._tuned[device].items())]
+    return f"{capability_of(device)}: {{\n{''.join(tiles)}}},\n"
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m qkernels.triton.tune", description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="of timm (default: %(default)s)")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="images (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further shape after so many seconds")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further shapes after so many seconds")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="a file for the entries, rewritten whenever there are more")
+    parser.add_argument("--list", action="store_true", help="print the shapes in their order and stop")
     return parser.parse_args()
 
 
-@torch.no_grad()
 def main() -> None:
     start, arguments = time.monotonic(), parsed()
-    device = torch.device("cuda", torch.cuda.current_device())
-    tuning._MEASURED.clear()  # so that every shape is timed, as on a device without a table
-    tuning._tuned[device] = {}
     shapes = sorted(set().union(*map(layers, arguments.models)), key=str)
     todo = [(*shape, b, DTYPES[d]) for d in arguments.dtypes for b in arguments.batches for shape in shapes]
-    for convolution in todo:
-        if arguments.limit and time.monotonic() - start > arguments.limit:
-            break
-        run(*convolution)
-    print(f"{capability_of(device)}: {{")
-    for key, tile in sorted(tuning._tuned[device].items()):
-        print(f'    "{key}": {tile},')
-    print("},")
+    if arguments.list:
+        print(*todo, sep="\n")
+        return
+    forget_tiles()
+    with ProcessPoolExecutor(arguments.processes, get_context("spawn"), only_compile) as pool:
+        for begin in range(0, len(todo), arguments.processes):
+            if arguments.limit and time.monotonic() - start > arguments.limit:
+                print(f"stopped after {begin} of {len(todo)} shapes")
+                break
+            some = todo[begin : begin + arguments.processes]
+            list(pool.map(run, *zip(*some, strict=True)))
+            for convolution in some:
+                run(*convolution)
+            if arguments.out is not None:
+                arguments.out.write_text(entries())
+    print(entries(), end="")
 
 
 if __name__ == "__main__":

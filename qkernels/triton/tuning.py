@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,12 +113,17 @@ def candidates(bucket: Bucket, device: torch.device) -> list[Tile]:
     return list(dict.fromkeys(tiles))
 
 
+def milliseconds(run: Callable[[], object]) -> float:
+    """That a launch takes."""
+    return triton.testing.do_bench(run, warmup=5, rep=20)
+
+
 def fastest(bucket: Bucket, device: torch.device, run: Callable[[Tile], object]) -> Tile:
     """The candidate under which `run` takes the least time; one that does not fit the GPU is skipped."""
     times: dict[Tile, float] = {}
     for tile in candidates(bucket, device):
         try:
-            times[tile] = triton.testing.do_bench(lambda tile=tile: run(tile), warmup=5, rep=20)
+            times[tile] = milliseconds(partial(run, tile))
         except triton.OutOfResources:
             continue
     return min(times, key=times.__getitem__) if times else by_rule(bucket, device)

@@ -43,8 +43,15 @@ def test_a_peer_that_cannot_take_part_is_listed_with_the_reason(contest, recorde
     assert recorded["absent"]["missing"] == "not installed"
     assert recorded["absent"]["broken"] == "RuntimeError: no compiler"
     assert "100.00% of the elements are off" in recorded["absent"]["wrong"]
-    assert recorded["absent"]["slow"] == "slow: only with --full"
+    assert recorded["absent"]["slow"] == "slow: only with --full or --slow"
     assert recorded["rounds"] == 5 and recorded["contenders"]["ours"]["ratio"] == [1, 1, 1]
+
+
+def test_slow_peers_take_part_by_name(contest):
+    contest.slow = "max-auto"
+    for name in ("one, max-autotune", "members compiled"):
+        contest.slow_peer(name, lambda: lambda i: torch.ones(1))
+    assert list(contest.contenders) == ["one, max-autotune"] and "slow" in contest.absent["members compiled"]
 
 
 def test_a_peer_that_takes_far_too_long_runs_once(contest, recorded, monkeypatch):
