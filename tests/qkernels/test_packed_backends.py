@@ -11,7 +11,7 @@ import numpy as np
 import packed_oracle as oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from packed_oracle import FLOAT32_UNIT, Window
 from test_backends import DTYPES, Backend, assert_laid_out_like, why_not
@@ -40,7 +40,6 @@ def each_backend(request, monkeypatch):
     backend = Backend(name)
 
 
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, where the interpreter computes with NaN
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
@@ -90,7 +89,6 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 # pack, unpack, quantize, dequantize_packed
 
 
-@few
 @given(SEEDS, BITS, st.lists(st.integers(0, 40), max_size=3), st.sampled_from(INTEGERS), st.sampled_from(LAYOUTS))
 @example(0, 7, [255], torch.int8, "contiguous")
 @example(0, 7, [256], torch.int8, "unaligned")
@@ -104,7 +102,6 @@ def test_pack(seed, bits, shape, dtype, layout):
     assert_equal(packed, oracle.pack(codes, bits), torch.uint8)
 
 
-@few
 @given(
     SEEDS, BITS, st.lists(st.integers(0, 3), max_size=2), st.integers(0, 1500), st.booleans(), st.sampled_from(LAYOUTS)
 )
@@ -120,7 +117,6 @@ def test_unpack(seed, bits, leading, count, signed, layout):
     assert_equal(codes, expected, torch.int8 if signed else torch.uint8)
 
 
-@few
 @given(st.data(), SEEDS, st.lists(st.integers(0, 9) | st.integers(1, 40), max_size=4), st.sampled_from(DTYPES))
 def test_quantize(data, seed, shape, dtype):
     axis = data.draw(st.none() | st.integers(0, len(shape) - 1)) if shape else None
@@ -142,7 +138,6 @@ def test_quantize(data, seed, shape, dtype):
     assert_equal(codes, expected, torch.int8 if qmin < 0 else torch.uint8)
 
 
-@few
 @given(SEEDS, BITS, st.integers(1, 4), st.integers(1, 40), st.integers(0, 60), st.sampled_from(DTYPES), st.booleans())
 @example(0, 7, 2, 300, 300, torch.float32, True)
 def test_dequantize_packed(seed, bits, members, channels, depth, dtype, strided):
@@ -307,13 +302,11 @@ def check_float(layer: Layer, rng, dtype, layout, with_residual=False, op="packe
     return y
 
 
-@few
 @given(layers(), SEEDS, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans())
 def test_packed_conv2d(layer, seed, dtype, layout, with_residual):
     check_float(layer, np.random.default_rng(seed), dtype, layout, with_residual)
 
 
-@few
 @given(
     SEEDS,
     BITS,
@@ -419,7 +412,6 @@ def assert_silu(y: torch.Tensor, expected: np.ndarray, out_scale: np.ndarray | N
             assert np.all(compare(actual, oracle.quantize(expected + nudge * slack, out_scale, *codes.code_range, 0)))
 
 
-@few
 @given(layers(), SEEDS, code_choices())
 def test_packed_conv2d_int8(layer, seed, codes):
     check_int8(layer, np.random.default_rng(seed), codes)
