@@ -49,7 +49,8 @@ class Backend:
     def __init__(self, name: str) -> None:
         self.name = name
         self.device = "cuda" if name == "cuda" or (name.startswith("triton") and GPU) else "cpu"
-        self.truncates_bfloat16 = name.startswith("triton") and not GPU
+        self.interpreted = name.startswith("triton") and not GPU
+        self.truncates_bfloat16 = self.interpreted
 
     def __getattr__(self, op: str):
         if self.name == "emulated":
