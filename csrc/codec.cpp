@@ -1,15 +1,12 @@
-// Python module `_codec`: what needs no tensor library. A bit codec for numpy arrays, how this was built, and what the
-// CPU offers.
+// Python module `_codec`: a bit codec for numpy arrays, which needs no tensor library.
 
 #include "numerics.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cstring>
 #include <string>
-#include <vector>
 
 namespace py = pybind11;
 
@@ -65,37 +62,14 @@ Codes unpack(const Codes& packed, int bits, int64_t count) {
   return codes;
 }
 
-py::dict build_info() {
-  py::dict info;
-  info["compiler"] = __VERSION__;
-  info["cxx_standard"] = static_cast<long>(__cplusplus);
-  return info;
-}
-
-std::vector<std::string> cpu_features() {
-  std::vector<std::string> features;
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) features.push_back("avx2");
-  if (__builtin_cpu_supports("fma")) features.push_back("fma");
-  if (__builtin_cpu_supports("avx512f")) features.push_back("avx512f");
-  if (__builtin_cpu_supports("avx512bw")) features.push_back("avx512bw");
-  if (__builtin_cpu_supports("avx512vnni")) features.push_back("avx512vnni");
-  if (__builtin_cpu_supports("avx512bf16")) features.push_back("avx512bf16");
-#endif
-  return features;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_codec, m) {
-  m.doc() = "Bit codec for numpy arrays, build information and CPU features.";
+  m.doc() = "Bit codec for numpy arrays.";
   m.def(
       "pack", &pack, py::arg("codes"), py::arg("bits"),
       "Pack the low `bits` (2..8) bits of a C-contiguous uint8 array into bit planes: uint8 [bytes].");
   m.def(
       "unpack", &unpack, py::arg("packed"), py::arg("bits"), py::arg("count"),
       "The `count` codes that `pack` packed: uint8 [count]. ValueError if the bytes do not hold that many.");
-  m.def("build_info", &build_info, "Compiler and C++ standard of this build.");
-  m.def("cpu_features", &cpu_features, "Which of the instruction sets that matter here this CPU has.");
 }

@@ -21,6 +21,8 @@ from .packed_layers import PackedConv2d, PackedLinear
 from .packed_ops import pack, unpack
 from .quantizers import init_scale
 
+__version__ = "0.1.0"
+
 backends.load()
 
 __all__ = [

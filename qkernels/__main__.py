@@ -1,13 +1,15 @@
 """`python -m qkernels`: versions, what was built, and which backend serves each op on each device, with the reason."""
 
-import importlib
 import importlib.metadata
+import importlib.util
+import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 
-from . import backends
+from . import backends, library
 
 
 def _version(package: str) -> str:
@@ -17,15 +19,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _codec_lines() -> Iterator[str]:
-    try:
-        _codec = importlib.import_module("qkernels._codec")
-    except ImportError as error:
-        yield f"_codec        not built: {error}"
-        return
-    info = _codec.build_info()
-    yield f"_codec        built with {info['compiler']}, C++ {info['cxx_standard']}"
-    yield f"CPU           {' '.join(_codec.cpu_features()) or 'no vector extensions that matter here'}"
+def _built_lines() -> Iterator[str]:
+    for name in ("_cpu", "_cuda"):
+        yield f"{name:13} {library.library_path(name) or 'not built'}"
+    codec = importlib.util.find_spec("qkernels._codec")
+    yield f"{'_codec':13} {codec.origin if codec else 'not in wheels, which fit every Python: it is for tests'}"
+    if any(row.backend == "cpp" for row in backends.report()):
+        yield f"{'built with':13} {library.build_info()}"
+        yield f"{'CPU':13} {' '.join(library.cpu_features()) or 'no vector extensions that matter here'}"
 
 
 def main(write: Callable[[str], object] = print) -> None:
@@ -35,9 +36,7 @@ def main(write: Callable[[str], object] = print) -> None:
     write(f"{'CUDA':13} {torch.version.cuda or 'none: a CPU-only build of PyTorch'}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     write(f"{'GPUs':13} {', '.join(devices) or 'none'}")
-    for name in ("_cpu", "_cuda"):
-        write(f"{name:13} {backends.library_path(name) or 'not built'}")
-    for line in _codec_lines():
+    for line in _built_lines():
         write(line)
     write("")
     write(f"{'device':7} {'op':30} {'backend':10} why")
@@ -46,4 +45,8 @@ def main(write: Callable[[str], object] = print) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Loads what was built and registers, for each op and device, the backend that serves it.
+"""Registers, for each op and device, the backend that serves it.
 
     cpp        C++ for CPU tensors, from the library `_cpu`
     cuda       C++/CUDA for CUDA tensors, from the library `_cuda`
@@ -9,20 +9,13 @@
 """
 
 import importlib
-import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import torch
+from . import library, reference
+from .schemas import SCHEMAS
 
-from . import ops, packed_ops, reference
-from .ops import NAMESPACE
-
-SCHEMAS = ops.SCHEMAS | packed_ops.SCHEMAS
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 TRITON_MODULES = {  # the file of qkernels/triton that holds each op
     "fake_quantize": "fake_quantize",
@@ -51,7 +44,6 @@ class Served:
     reason: str
 
 
-_library = torch.library.Library(NAMESPACE, "IMPL")
 _served: list[Served] = []
 
 
@@ -62,38 +54,12 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"qkernels.triton.{TRITON_MODULES[op]}"), op)
 
 
-def library_path(name: str) -> Path | None:
-    """The compiled library `_cpu` or `_cuda` beside this file, if it was built."""
-    path = Path(__file__).parent / f"{name}.so"
-    return path if path.exists() else None
-
-
-@cache
-def _load(backend: str) -> str | None:
-    """Load what `backend` needs. Returns None, or what is missing and the way out."""
-    if backend in ("cpp", "cuda"):
-        name = {"cpp": "_cpu", "cuda": "_cuda"}[backend]
-        path = library_path(name)
-        if backend == "cuda" and torch.version.cuda is None:
-            return "this PyTorch is built without CUDA"
-        if path is None:
-            needs = "a C++ compiler" if backend == "cpp" else "nvcc (QKERNELS_BUILD_CUDA=1 makes its absence an error)"
-            return f"qkernels/{name} was not built; reinstall qtdog with {needs}"
-        try:
-            torch.ops.load_library(str(path))
-        except OSError as error:
-            return f"{path.name} does not load: {error}"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install triton"
-    return None
-
-
 def _serve(op: str, device: str, key: str, backend: str, reason: str) -> None:
     if backend == "triton":
         # Triton is imported at the first launch: importing it costs more than the rest of the package.
-        _library.impl(op, lambda *args: implementation(op, "triton")(*args), key)
+        library.library.impl(op, lambda *args: implementation(op, "triton")(*args), key)
     elif backend == "reference":
-        _library.impl(op, implementation(op, "reference"), key)
+        library.library.impl(op, implementation(op, "reference"), key)
     _served.append(Served(op, device, backend, reason))
 
 
@@ -101,7 +67,7 @@ def _choose(candidates: tuple[str, ...], op: str) -> tuple[str, str]:
     """The first backend that is there, and why those before it are not."""
     missing: list[str] = []
     for backend in candidates:
-        why = f"{op} is not written in C++/CUDA" if backend == "cuda" and op in NOT_IN_CUDA else _load(backend)
+        why = f"{op} is not written in C++/CUDA" if backend == "cuda" and op in NOT_IN_CUDA else library.load(backend)
         if why is None:
             return backend, "; ".join(missing) or "fastest here"
         missing.append(f"{backend}: {why}")
@@ -110,16 +76,15 @@ def _choose(candidates: tuple[str, ...], op: str) -> tuple[str, str]:
 
 def load() -> None:
     """Register every op on every device; called once, when qkernels is imported."""
-    forced = os.environ.get("QKERNELS_BACKEND")
+    forced = library.FORCED
     if forced is not None:
         if forced not in BACKENDS:
             raise RuntimeError(f"QKERNELS_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}, or unset it")
-        why = _load(forced)
+        why = library.load(forced)
         if why is not None:
             raise RuntimeError(f"QKERNELS_BACKEND={forced} cannot be had: {why}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     forced_on = {
-        "cpu": forced in ("cpp", "reference") or (forced == "triton" and interpreted),
+        "cpu": forced == "cpp" or library.OTHER_ON_CPU,
         "cuda": forced in ("cuda", "triton", "reference"),
     }
     for op in SCHEMAS:

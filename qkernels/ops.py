@@ -1,4 +1,4 @@
-"""The ops: schema, argument checks and fake kernel, autograd, vmap, and the function that users call.
+"""The ops: argument checks and fake kernel, autograd, vmap, and the function that users call.
 
 The implementations are registered by `backends.py`. The checks stand once, in a function that the user-callable and
 the fake kernel share, so eager and compiled code give the same message: in eager code the former calls it, while the
@@ -14,34 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-NAMESPACE = "qkernels"
+from .library import library as _library
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CODE = 2**22  # float32 rounds to the nearest integer exactly up to here, on every backend
 
 _ops = torch.ops.qkernels
-_library = torch.library.Library(NAMESPACE, "DEF")
-
-SCHEMAS = {
-    "fake_quantize": (
-        "(Tensor x, Tensor scale, Tensor? offset, int qmin, int qmax, int? axis, float grad_factor, bool aten_edge, "
-        "ScalarType out_dtype) -> Tensor"
-    ),
-    "fake_quantize_backward": (
-        "(Tensor grad, Tensor x, Tensor scale, Tensor? offset, int qmin, int qmax, int? axis, float grad_factor, "
-        "bool aten_edge, bool param_grads) -> (Tensor, Tensor, Tensor)"
-    ),
-    "fake_quantize_multi": (
-        "(Tensor[] xs, Tensor[] scales, int[] qmins, int[] qmaxs, int? axis, float[] grad_factors, "
-        "ScalarType? out_dtype) -> Tensor[]"
-    ),
-    "fake_quantize_multi_backward": (
-        "(Tensor[] grads, Tensor[] xs, Tensor[] scales, int[] qmins, int[] qmaxs, int? axis, float[] grad_factors, "
-        "bool param_grads) -> (Tensor[], Tensor[])"
-    ),
-    "mean_abs": "(Tensor x, int? axis) -> Tensor",
-}
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
 
 
 def _check_x(op: str, x: Tensor, axis: int | None) -> None:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import KERNEL_DTYPES, _check_range, _library, _normalized, _ops
+from .library import library as _library
+from .ops import KERNEL_DTYPES, _check_range, _normalized, _ops
+from .schemas import PACKED
 
 Activation = Literal["none", "relu", "relu6", "silu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,31 +29,6 @@ CHUNK_CODES = 32
 BLOCK_CODES = 256
 MOST_TERMS = 2**31 // (255 * 128)  # of a sum of products of codes that surely fits int32
 
-_GEOMETRY = (
-    "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_top, int pad_left, int pad_bottom, "
-    "int pad_right, int dilation_h, int dilation_w, int groups"
-)
-SCHEMAS = {
-    "pack": "(Tensor codes, int bits) -> Tensor",
-    "unpack": "(Tensor packed, int bits, int count, bool signed) -> Tensor",
-    "quantize": "(Tensor x, Tensor scale, int qmin, int qmax, int? axis) -> Tensor",
-    "dequantize_packed": "(Tensor packed, Tensor scale, int bits, int count, ScalarType out_dtype) -> Tensor",
-    "packed_conv2d": (
-        f"(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor? residual, int bits, {_GEOMETRY}, "
-        "bool shared, str activation) -> Tensor"
-    ),
-    "packed_conv2d_int8": (
-        "(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, Tensor? residual, "
-        f"Tensor? residual_scale, Tensor? out_scale, int bits, {_GEOMETRY}, bool shared, str activation, "
-        "int qmin, int qmax, ScalarType out_dtype) -> Tensor"
-    ),
-    "packed_gemv": (
-        "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int bits, bool shared, str activation) -> Tensor"
-    ),
-}
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
-
 
 def _not_differentiable(ctx, *grads):
     raise RuntimeError(
@@ -60,7 +37,7 @@ def _not_differentiable(ctx, *grads):
     )
 
 
-for _name in SCHEMAS:
+for _name in PACKED:
     torch.library.register_autograd(f"qkernels::{_name}", _not_differentiable, lib=_library)
 
 

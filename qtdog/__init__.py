@@ -6,7 +6,8 @@ import os
 # parallel loop make a step of a small network take many times as long as threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from qkernels import __version__
 from qtdog.errors import UserError
 from qtdog.runs import load_model
 
-__all__ = ["UserError", "load_model"]
+__all__ = ["UserError", "__version__", "load_model"]

@@ -2,13 +2,16 @@
 
 import argparse
 import dataclasses
+import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonargparse
+import torch
 
+import qkernels as qk
 from qtdog.config import (
     CollectConfig,
     CurvatureConfig,
@@ -244,6 +247,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         epilog="`qtdog COMMAND --help` explains a command with examples. Start with `qtdog demo`.",
         exit_on_error=False,
         formatter_class=HelpFormatter,
+        version=f"{qk.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
     )
     subcommands = parser.add_subcommands(required=True, dest="command")
     groups = {}

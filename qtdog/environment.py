@@ -37,6 +37,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
     kernels = sorted({served.backend for served in qk.backends.report() if served.device == device.type})
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
+        "qtdog": qk.__version__,
         "python": platform.python_version(),
         **versions,
         "qkernels": "+".join(kernels),

@@ -9,7 +9,7 @@ import torch
 
 import oracle
 import qkernels as qk
-from qkernels import packed_ops
+from qkernels import packed_ops, schemas
 from qkernels.backends import SCHEMAS
 
 ops = torch.ops.qkernels
@@ -40,7 +40,7 @@ def opcheck_cases():
 
 def packed_cases(layouts):
     """Arguments of the ops of packed inference; the images are those of `layouts`, [2, 3, height, width]."""
-    cases: dict[str, list[tuple]] = {name: [] for name in packed_ops.SCHEMAS}
+    cases: dict[str, list[tuple]] = {name: [] for name in schemas.PACKED}
     codes = torch.arange(-64, 56, dtype=torch.int8).reshape(2, 3, 4, 5)
     cases["pack"] = [(codes, 7), (codes.view(torch.uint8)[..., ::2], 3), (codes[:0], 4)]
     packed = packed_ops.pack(codes, 7).repeat(2, 1)

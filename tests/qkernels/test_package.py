@@ -57,8 +57,20 @@ def test_every_op_has_a_backend_and_a_reason_on_every_device():
 
 def test_python_m_qkernels_prints_what_was_built():
     result = subprocess.run([sys.executable, "-m", "qkernels"], capture_output=True, text=True, check=True)
-    for word in ("torch", "triton", "_cpu", "_cuda", "_codec", "packed_conv2d_int8", "other"):
+    for word in ("torch", "triton", "_cpu", "_cuda", "_codec", "built with", "packed_conv2d_int8", "other"):
         assert word in result.stdout
+
+
+@pytest.mark.parametrize("command", ["-m qkernels", "-m qtdog --help", "-m qtdog train --help"])
+def test_a_reader_that_stops_early_ends_it_quietly(command):
+    """As `| head -1` does."""
+    process = subprocess.Popen(
+        [sys.executable, *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None and process.stderr.read() == ""
+    assert process.wait() == 0
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -90,5 +102,5 @@ def test_codec_refuses_what_does_not_fit():
 
 def test_cpu_features_are_those_of_this_machine():
     flags = Path("/proc/cpuinfo").read_text().split()
-    for feature in _codec.cpu_features():
+    for feature in qk.library.cpu_features():
         assert feature.replace("avx512vnni", "avx512_vnni").replace("avx512bf16", "avx512_bf16") in flags

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from packed_oracle import FLOAT32_UNIT, Window
 from test_backends import DTYPES, Backend, assert_laid_out_like, why_not
 
-from qkernels import _codec
+from qkernels import library
 from qkernels.packed_ops import Geometry, packed_bytes
 
 backend = Backend("reference")
@@ -34,7 +34,7 @@ def each_backend(request, monkeypatch):
     if (why := why_not(name)) is not None:
         pytest.skip(why)
     if isa:
-        if isa not in ("portable", *_codec.cpu_features()):
+        if isa not in ("portable", *library.cpu_features()):
             pytest.skip(f"this CPU lacks {isa}")
         monkeypatch.setenv("QKERNELS_CPU_ISA", isa)
     backend = Backend(name)
@@ -588,7 +588,7 @@ def test_an_instruction_set_that_cannot_be_had_is_an_error(monkeypatch):
         pytest.skip("instruction sets are the C++ backend's")
     layer = make_layer(np.random.default_rng(0), 7, 1, 1, (4, 1, 1), 4, Geometry(), True)
     x = torch.zeros(1, 4, 1, 1)
-    lacking = [(isa, "cannot be had") for isa in ISAS[1:] if isa not in _codec.cpu_features()]
+    lacking = [(isa, "cannot be had") for isa in ISAS[1:] if isa not in library.cpu_features()]
     for isa, why in (("sse2", "choose one of portable, avx2, avx512vnni"), *lacking):
         monkeypatch.setenv("QKERNELS_CPU_ISA", isa)
         with pytest.raises(RuntimeError, match=f"QKERNELS_CPU_ISA.*{isa}.*{why}"):
