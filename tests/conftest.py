@@ -7,13 +7,10 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as qtdog does, see qtdog/__init__.py
-in_one_of_several = "PYTEST_XDIST_WORKER" in os.environ
-if in_one_of_several:  # a process for each core: one thread in each
-    os.environ["OMP_NUM_THREADS"] = "1"
+# Of pytest-xdist's processes there is one for each core: one thread in each.
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 import torch
 
-if in_one_of_several:
-    torch.set_num_threads(1)
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, slowly
 

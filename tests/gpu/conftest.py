@@ -7,7 +7,10 @@ import emulated_cuda
 from qkernels import backends
 
 
-@pytest.fixture(params=["cuda", "triton"] if torch.cuda.is_available() else ["emulated"])
+EMULATED = pytest.param("emulated", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["cuda", "triton"] if torch.cuda.is_available() else [EMULATED])
 def backend(request):
     """op name -> its function in one backend, called with the arguments of the op's schema."""
     if request.param == "emulated":

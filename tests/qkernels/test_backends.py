@@ -64,7 +64,11 @@ class Backend:
 backend = Backend("reference")
 
 
-@pytest.fixture(params=["reference", "cpp", "cuda", "emulated", "triton", "triton-tiny"], autouse=True)
+def slow(name: str):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["reference", "cpp", "cuda", *map(slow, ("emulated", "triton", "triton-tiny"))], autouse=True)
 def each_backend(request, monkeypatch):
     global backend
     if (why := why_not(request.param)) is not None:
@@ -324,6 +328,7 @@ def test_long_sums_stay_accurate():
     assert_sums(grad_scale, exact.scale, exact.scale_magnitude, scale)
 
 
+@pytest.mark.slow
 def test_results_too_large_for_malloc_to_reuse():
     """40 MB: written around the caches, on pages of 2 MiB."""
     if backend.name != "cpp":

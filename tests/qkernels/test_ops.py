@@ -295,6 +295,7 @@ def test_compile_without_graph_breaks(dynamic):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     scale = torch.tensor(0.1, requires_grad=True)
     x = torch.randn(64, requires_grad=True)
@@ -406,6 +407,7 @@ def available_gib():
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_gib() < 16, reason="needs 16 GiB of free memory")
 def test_more_elements_than_32_bits_count():
     x = torch.zeros(2**31 + 40, dtype=torch.bfloat16)

@@ -291,6 +291,7 @@ print((peak() - before) / ensemble.nbytes)
 """
 
 
+@pytest.mark.slow
 def test_loading_takes_little_more_than_the_packed_size(tmp_path):
     for name, width in (("small", 4), ("large", 5000)):
         with torch.device("meta"):

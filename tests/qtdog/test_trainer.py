@@ -126,6 +126,7 @@ def test_selected_model_is_the_best_quantized_one(trained):
         assert card.accuracies.keys() == {f"env{i}_{part}_acc" for i in range(6) for part in ("in", "out")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "selected"), [("erm", 0), ("qtdog", 6)])
 def test_no_selection_before_the_switch(digits_dir, tmp_path, monkeypatch, method, selected):
     """The best validation accuracy of all is before the switch; among the quantized, steps 6 and 8 are equal."""
@@ -182,6 +183,7 @@ def quick(digits_dir, output, *more):
             "--checkpoint-freq", "1", "--eval-train-images", "4", *more]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_path, capsys, monkeypatch):
     calls = []
 
@@ -203,6 +205,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_
     assert [r["step"] for r in records(folder)] == list(range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["erm", "coral", "qtdog", "gaqat"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
@@ -239,6 +242,7 @@ def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
     assert (stored["scaler"] is not None) == (precision == "float16")
 
 
+@pytest.mark.slow
 def test_resumed_float16_keeps_its_loss_scale(digits_dir, tmp_path, monkeypatch):
     """A loss scale that is too large halves at every step that it spoils; a resumed run does not start over."""
     run, stop, scales = trainer.Trainer.checkpoint, [], []
@@ -258,6 +262,7 @@ def test_resumed_float16_keeps_its_loss_scale(digits_dir, tmp_path, monkeypatch)
     assert scales == [2.0**39, 2.0**38, 2.0**37, 2.0**36]
 
 
+@pytest.mark.slow
 def test_resume_on_other_data_is_refused(digits_dir, tmp_path, capsys, monkeypatch):
     run, stop = trainer.Trainer.checkpoint, []
 
