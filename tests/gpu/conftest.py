@@ -6,7 +6,6 @@ import torch
 import emulated_cuda
 from qkernels import backends
 
-
 EMULATED = pytest.param("emulated", marks=pytest.mark.slow)
 
 
