@@ -218,7 +218,9 @@ def test_gemv_with_nan_and_infinity(backend):
     assert torch.equal(y[1][at_infinity != 0], torch.inf * at_infinity[at_infinity != 0].sign())
 
 
-@pytest.mark.parametrize("backend", ["cuda" if DEVICE == "cuda" else "emulated"], indirect=True)
+@pytest.mark.parametrize(
+    "backend", ["cuda" if DEVICE == "cuda" else pytest.param("emulated", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_row_does_not_depend_on_its_neighbors(backend):
     """In C++/CUDA; Triton may sum in another order for another number of rows."""
     linear = random_linear(7, 2, 9, 1000, 300, torch.bfloat16, shared=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qkernels import backends
+from qkernels.library import library_path
 
 OPS = (
     "fake_quantize",
@@ -26,7 +27,7 @@ KERNELS = re.compile(  # more than one of each: for other dtypes and bits
     r"(forward|backward|mean_abs|quantize)_(rows|columns)|fold_kernel|(pack|unpack|dequantize_packed|gemv)_kernel"
 )
 MAX_REGISTERS = 128  # two blocks of 256 threads on a multiprocessor of 65536 registers
-LIBRARY = backends.library_path("_cuda")
+LIBRARY = library_path("_cuda")
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the C++/CUDA kernels were not built")
 
