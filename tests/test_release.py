@@ -50,6 +50,7 @@ def test_addresses_of_the_project_agree():
         assert (ROOT / path).exists(), url
 
 
+@pytest.mark.slow
 def test_the_source_distribution_has_what_a_build_reads(tmp_path):
     command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

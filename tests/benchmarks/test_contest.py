@@ -98,6 +98,7 @@ def test_ratios_are_those_of_a_round():
     assert found["peer"]["milliseconds"][1] == 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", gate.GATES)
 def test_gates_run(name, monkeypatch):
     monkeypatch.setattr(gate, "ROUNDS", 2)

@@ -26,6 +26,7 @@ def run(monkeypatch, capfd):
     return run
 
 
+@pytest.mark.slow
 def test_list():
     listed = {}
     for chosen in ("quick", "full"):
@@ -36,6 +37,7 @@ def test_list():
     assert "resnet50-224" not in listed["full"]  # the step for a GPU
 
 
+@pytest.mark.slow
 def test_smallest_case(run, tmp_path):
     arguments = ("--case", "bench_unpack.*7-quick", "--seconds", "0.01", "--results", str(tmp_path))
     assert "PyTorch ops" in run(*arguments)

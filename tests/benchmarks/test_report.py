@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.report import write_performance_page
 
+pytestmark = pytest.mark.slow
+
 
 def times(milliseconds, ratio):
     return {"milliseconds": [milliseconds * 0.9, milliseconds, milliseconds * 1.1], "ratio": [ratio, ratio, ratio]}

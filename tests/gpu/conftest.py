@@ -6,8 +6,10 @@ import torch
 import emulated_cuda
 from qkernels import backends
 
+EMULATED = pytest.param("emulated", marks=pytest.mark.slow)
 
-@pytest.fixture(params=["cuda", "triton"] if torch.cuda.is_available() else ["emulated"])
+
+@pytest.fixture(params=["cuda", "triton"] if torch.cuda.is_available() else [EMULATED])
 def backend(request):
     """op name -> its function in one backend, called with the arguments of the op's schema."""
     if request.param == "emulated":

@@ -154,6 +154,7 @@ def test_autocast_keeps_float32_scales():
     assert all(s.dtype == s.grad.dtype == torch.float32 and s.grad.isfinite() for s in scales(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_compiled_with_one_graph_once_started(fused):
     model, x = started(), batch()
@@ -167,6 +168,7 @@ def test_compiled_with_one_graph_once_started(fused):
         torch.testing.assert_close(p.grad, expected[n], msg=n)
 
 
+@pytest.mark.slow
 def test_compiling_before_the_first_batch_says_what_to_do():
     model = net()
     qk.quantize_(model, W4A4)
@@ -209,6 +211,7 @@ def worker(rank, path):
     torch.save({"state": model.state_dict(), "grads": [p.grad for p in model.parameters()]}, path / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_start_as_one_would_on_the_whole_batch(tmp_path):
     in_two_processes(worker, tmp_path)
     model = net()

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WIDE_LOAD, WIDE_STORE = "ld.global.v4.b32", "st.global.v4.b32"
 MAX_REGISTERS = 128  # two programs of 256 threads, or sixteen warps, on a multiprocessor of 65536 registers
 MAX_CONV_REGISTERS = 255  # one program of 256 threads; the tile of sums alone takes 64 a thread

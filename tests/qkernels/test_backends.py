@@ -12,7 +12,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import emulated_cuda
@@ -49,7 +49,8 @@ class Backend:
     def __init__(self, name: str) -> None:
         self.name = name
         self.device = "cuda" if name == "cuda" or (name.startswith("triton") and GPU) else "cpu"
-        self.truncates_bfloat16 = name.startswith("triton") and not GPU
+        self.interpreted = name.startswith("triton") and not GPU
+        self.truncates_bfloat16 = self.interpreted
 
     def __getattr__(self, op: str):
         if self.name == "emulated":
@@ -63,7 +64,11 @@ class Backend:
 backend = Backend("reference")
 
 
-@pytest.fixture(params=["reference", "cpp", "cuda", "emulated", "triton", "triton-tiny"], autouse=True)
+def slow(name: str):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["reference", "cpp", "cuda", *map(slow, ("emulated", "triton", "triton-tiny"))], autouse=True)
 def each_backend(request, monkeypatch):
     global backend
     if (why := why_not(request.param)) is not None:
@@ -86,7 +91,6 @@ def each_backend(request, monkeypatch):
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANGES = ((-2, 1), (-1, 1), (-64, 63), (-63, 63), (0, 255), (-128, 127), (3, 9), (-9, -4), (-(2**22), 2**22))
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, where the interpreter computes with NaN
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
@@ -178,7 +182,6 @@ def gradient_of(draw, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return laid_out(grad, draw(st.sampled_from(["contiguous", "permuted", "strided"])), list(range(x.dim()))[::-1])
 
 
-@few
 @given(layers(), st.sampled_from(DTYPES))
 def test_fake_quantize(layer, out_dtype):
     x, scale, offset, qmin, qmax, axis = layer
@@ -190,7 +193,6 @@ def test_fake_quantize(layer, out_dtype):
     assert_same(y, reference.fake_quantize(x, scale, offset, qmin, qmax, axis, 1.0, False, torch.float32))
 
 
-@few
 @given(st.data(), layers(), st.sampled_from(DTYPES), st.booleans())
 def test_fake_quantize_backward(data, layer, grad_dtype, aten_edge):
     x, scale, offset, qmin, qmax, axis = layer
@@ -228,7 +230,6 @@ def models(draw):
     return xs, scales, qmins, qmaxs, axis
 
 
-@few
 @given(models(), st.sampled_from([None, *DTYPES]))
 def test_fake_quantize_multi(model, out_dtype):
     xs, scales, qmins, qmaxs, axis = model
@@ -239,7 +240,6 @@ def test_fake_quantize_multi(model, out_dtype):
         assert_same(y, rounded(exact, out_dtype or x.dtype))
 
 
-@few
 @given(st.data(), models(), st.sampled_from(DTYPES))
 def test_fake_quantize_multi_backward(data, model, grad_dtype):
     xs, scales, qmins, qmaxs, axis = model
@@ -262,7 +262,6 @@ def test_fake_quantize_multi_backward(data, model, grad_dtype):
         assert nothing.shape == (0,)
 
 
-@few
 @given(layers(special=False))
 def test_mean_abs(layer):
     x, scale, _, _, _, axis = layer
@@ -329,6 +328,7 @@ def test_long_sums_stay_accurate():
     assert_sums(grad_scale, exact.scale, exact.scale_magnitude, scale)
 
 
+@pytest.mark.slow
 def test_results_too_large_for_malloc_to_reuse():
     """40 MB: written around the caches, on pages of 2 MiB."""
     if backend.name != "cpp":

@@ -347,6 +347,7 @@ def test_half_precision_models(dtype):
     assert model[0].weight_scale.dtype == dtype and model[0].weight_scale.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_compiled_model_has_one_graph_and_equal_gradients(fused):
     model, x = small_net().eval(), torch.randn(2, 3, 8, 8)

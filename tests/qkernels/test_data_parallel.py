@@ -1,5 +1,6 @@
 """DistributedDataParallel over two gloo processes takes the step that one process takes on the whole batch."""
 
+import pytest
 import torch
 from torch import nn
 from two_processes import in_two_processes
@@ -30,6 +31,7 @@ def worker(rank, path):
     torch.save(model.state_dict(), path / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path):
     in_two_processes(worker, tmp_path)
     model = net()

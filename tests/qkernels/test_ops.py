@@ -50,22 +50,22 @@ def packed_cases(layouts):
     members, bias = torch.rand(2, 4) + 0.1, torch.randn(2, 4)
     for dtype in (torch.float32, torch.bfloat16):
         cases["dequantize_packed"].append((packed, members, 7, 120, dtype))
-    for kernel, shared in itertools.product((1, 3), (True, False)):
+    # Every layout, and every kernel shared and not, but not all of their pairs.
+    for t, (kernel, shared) in zip(layouts, itertools.cycle(itertools.product((1, 3), (True, False))), strict=False):
         geometry = packed_ops.Geometry((kernel, kernel), padding=(kernel // 2,) * 4).arguments
         nbytes = packed_ops.packed_bytes(4 * 3 * kernel * kernel, 7)
         weight = torch.randint(0, 256, (2, nbytes), dtype=torch.uint8)
-        for t in layouts:
-            residual = torch.randn(4 if shared else 2, 4, *t.shape[2:]).to(t.dtype)
-            for b, r, activation in ((bias, residual, "relu"), (None, None, "none")):
-                cases["packed_conv2d"].append((t, weight, members, b, r, 7, *geometry, shared, activation))
-            x, scales, end = (t * 50).to(torch.int8), torch.rand(2) + 0.1, (7, *geometry, shared)
-            cases["packed_conv2d_int8"] += [
-                (x, scales, weight, members, None, None, None, None, *end, "none", 0, 255, torch.float32),
-                (x, scales, weight, members, bias, residual, None, scales, *end, "relu", 0, 255, torch.uint8),
-                (x, scales, weight, members, bias, residual.char(), scales, scales, *end, "none", -8, 7, torch.int8),
-            ]
-            if kernel == 1:
-                cases["packed_gemv"].append((t[:, :, 0, 0], weight, members, bias, 7, shared, "silu"))
+        residual = torch.randn(4 if shared else 2, 4, *t.shape[2:]).to(t.dtype)
+        for b, r, activation in ((bias, residual, "relu"), (None, None, "none")):
+            cases["packed_conv2d"].append((t, weight, members, b, r, 7, *geometry, shared, activation))
+        x, scales, end = (t * 50).to(torch.int8), torch.rand(2) + 0.1, (7, *geometry, shared)
+        cases["packed_conv2d_int8"] += [
+            (x, scales, weight, members, None, None, None, None, *end, "none", 0, 255, torch.float32),
+            (x, scales, weight, members, bias, residual, None, scales, *end, "relu", 0, 255, torch.uint8),
+            (x, scales, weight, members, bias, residual.char(), scales, scales, *end, "none", -8, 7, torch.int8),
+        ]
+        if kernel == 1:
+            cases["packed_gemv"].append((t[:, :, 0, 0], weight, members, bias, 7, shared, "silu"))
     return cases
 
 
@@ -295,6 +295,7 @@ def test_compile_without_graph_breaks(dynamic):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     scale = torch.tensor(0.1, requires_grad=True)
     x = torch.randn(64, requires_grad=True)
@@ -406,6 +407,7 @@ def available_gib():
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_gib() < 16, reason="needs 16 GiB of free memory")
 def test_more_elements_than_32_bits_count():
     x = torch.zeros(2**31 + 40, dtype=torch.bfloat16)

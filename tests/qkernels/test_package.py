@@ -22,12 +22,14 @@ def python(code, **environment):
 PRINT_CPU_BACKEND = "import qkernels as qk; print({r.backend for r in qk.backends.report() if r.device == 'cpu'})"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forced, served", [("reference", "reference"), ("cpp", "cpp"), ("triton", "triton")])
 def test_a_forced_backend_serves(forced, served):
     result = python(PRINT_CPU_BACKEND, QKERNELS_BACKEND=forced, TRITON_INTERPRET="1")
     assert result.stdout.strip() == f"{{'{served}'}}", result.stderr
 
 
+@pytest.mark.slow
 def test_a_forced_backend_computes():
     code = (
         "import torch, qkernels as qk; x = torch.randn(5, requires_grad=True);"
@@ -39,6 +41,7 @@ def test_a_forced_backend_computes():
     assert len(outputs) == 1 and "tensor" in outputs.pop()
 
 
+@pytest.mark.slow
 def test_a_forced_backend_that_is_missing_is_an_error():
     assert "choose one of" in python("import qkernels", QKERNELS_BACKEND="fortran").stderr
     hide = (
@@ -55,12 +58,14 @@ def test_every_op_has_a_backend_and_a_reason_on_every_device():
     assert all(r.reason for r in rows)
 
 
+@pytest.mark.slow
 def test_python_m_qkernels_prints_what_was_built():
     result = subprocess.run([sys.executable, "-m", "qkernels"], capture_output=True, text=True, check=True)
     for word in ("torch", "triton", "_cpu", "_cuda", "_codec", "built with", "packed_conv2d_int8", "other"):
         assert word in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["-m qkernels", "-m qtdog --help", "-m qtdog train --help"])
 def test_a_reader_that_stops_early_ends_it_quietly(command):
     """As `| head -1` does."""

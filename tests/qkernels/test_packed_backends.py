@@ -11,10 +11,10 @@ import numpy as np
 import packed_oracle as oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from packed_oracle import FLOAT32_UNIT, Window
-from test_backends import DTYPES, Backend, assert_laid_out_like, why_not
+from test_backends import DTYPES, Backend, assert_laid_out_like, slow, why_not
 
 from qkernels import library
 from qkernels.packed_ops import Geometry, packed_bytes
@@ -24,7 +24,7 @@ backend = Backend("reference")
 
 # C++ with the kernels of every instruction set that this CPU has, and the others.
 ISAS = ("portable", "avx2", "avx512vnni")
-BACKENDS = ("reference", *(f"cpp-{isa}" for isa in ISAS), "cuda", "emulated", "triton")
+BACKENDS = ("reference", *(f"cpp-{isa}" for isa in ISAS), "cuda", slow("emulated"), slow("triton"))
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -40,7 +40,6 @@ def each_backend(request, monkeypatch):
     backend = Backend(name)
 
 
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, where the interpreter computes with NaN
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
@@ -90,7 +89,6 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 # pack, unpack, quantize, dequantize_packed
 
 
-@few
 @given(SEEDS, BITS, st.lists(st.integers(0, 40), max_size=3), st.sampled_from(INTEGERS), st.sampled_from(LAYOUTS))
 @example(0, 7, [255], torch.int8, "contiguous")
 @example(0, 7, [256], torch.int8, "unaligned")
@@ -104,7 +102,6 @@ def test_pack(seed, bits, shape, dtype, layout):
     assert_equal(packed, oracle.pack(codes, bits), torch.uint8)
 
 
-@few
 @given(
     SEEDS, BITS, st.lists(st.integers(0, 3), max_size=2), st.integers(0, 1500), st.booleans(), st.sampled_from(LAYOUTS)
 )
@@ -120,7 +117,6 @@ def test_unpack(seed, bits, leading, count, signed, layout):
     assert_equal(codes, expected, torch.int8 if signed else torch.uint8)
 
 
-@few
 @given(st.data(), SEEDS, st.lists(st.integers(0, 9) | st.integers(1, 40), max_size=4), st.sampled_from(DTYPES))
 def test_quantize(data, seed, shape, dtype):
     axis = data.draw(st.none() | st.integers(0, len(shape) - 1)) if shape else None
@@ -142,7 +138,6 @@ def test_quantize(data, seed, shape, dtype):
     assert_equal(codes, expected, torch.int8 if qmin < 0 else torch.uint8)
 
 
-@few
 @given(SEEDS, BITS, st.integers(1, 4), st.integers(1, 40), st.integers(0, 60), st.sampled_from(DTYPES), st.booleans())
 @example(0, 7, 2, 300, 300, torch.float32, True)
 def test_dequantize_packed(seed, bits, members, channels, depth, dtype, strided):
@@ -307,13 +302,11 @@ def check_float(layer: Layer, rng, dtype, layout, with_residual=False, op="packe
     return y
 
 
-@few
 @given(layers(), SEEDS, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans())
 def test_packed_conv2d(layer, seed, dtype, layout, with_residual):
     check_float(layer, np.random.default_rng(seed), dtype, layout, with_residual)
 
 
-@few
 @given(
     SEEDS,
     BITS,
@@ -419,13 +412,13 @@ def assert_silu(y: torch.Tensor, expected: np.ndarray, out_scale: np.ndarray | N
             assert np.all(compare(actual, oracle.quantize(expected + nudge * slack, out_scale, *codes.code_range, 0)))
 
 
-@few
 @given(layers(), SEEDS, code_choices())
 def test_packed_conv2d_int8(layer, seed, codes):
     check_int8(layer, np.random.default_rng(seed), codes)
 
 
-LARGER = {  # more than one block of every kind: pixels, channels, depth, members
+# More than one block of every kind: pixels, channels, depth, members.
+LARGER = {
     "pointwise": dict(in_shape=(150, 9, 11), out_channels=140, geometry=Geometry()),
     "pointwise stride 2": dict(in_shape=(64, 15, 15), out_channels=72, geometry=Geometry(stride=(2, 2))),
     "3x3": dict(in_shape=(68, 9, 10), out_channels=67, geometry=Geometry((3, 3), padding=(1, 1, 1, 1))),
@@ -436,13 +429,34 @@ LARGER = {  # more than one block of every kind: pixels, channels, depth, member
     ),
     "groups": dict(in_shape=(96, 7, 7), out_channels=120, geometry=Geometry((3, 3), padding=(1, 1, 1, 1), groups=3)),
 }
+# The same of the small tiles that Triton's interpreter computes.
+LARGER_INTERPRETED = {
+    "pointwise": dict(in_shape=(42, 3, 4), out_channels=20),
+    "pointwise stride 2": dict(in_shape=(32, 5, 5), out_channels=20),
+    "3x3": dict(in_shape=(10, 3, 4), out_channels=17),
+    "deep": dict(in_shape=(66, 2, 3), out_channels=17),
+    "stem": dict(in_shape=(3, 7, 8), out_channels=20),
+    "depthwise": dict(in_shape=(70, 5, 4), out_channels=70, geometry=Geometry((5, 5), (2, 2), (1, 1, 2, 2), groups=70)),
+    "groups": dict(in_shape=(64, 3, 3), out_channels=34, geometry=Geometry((2, 2), groups=2)),
+}
+
+
+@pytest.fixture
+def larger(monkeypatch):
+    """name -> arguments of make_layer."""
+    if not backend.interpreted:
+        return LARGER.__getitem__
+    from qkernels.triton import tuning
+
+    monkeypatch.setattr(tuning, "tile_of", lambda bucket, *_: tuning.Tile(16, 16, 32, 4, 3, bucket.depth // 256 or 1))
+    return lambda name: LARGER[name] | LARGER_INTERPRETED[name]
 
 
 @pytest.mark.parametrize("name", LARGER)
 @pytest.mark.parametrize("shared", [False, True])
-def test_larger_convolutions(name, shared):
+def test_larger_convolutions(larger, name, shared):
     rng = np.random.default_rng(0)
-    layer = make_layer(rng, 7, 2, 2, shared=shared, activation="relu", **LARGER[name])
+    layer = make_layer(rng, 7, 2, 2, shared=shared, activation="relu", **larger(name))
     check_float(layer, rng, torch.float32, "channels_last", with_residual=True)
     check_int8(layer, rng, Codes(torch.uint8, torch.uint8, torch.uint8, layout="channels_last"))
     check_int8(layer, rng, Codes(torch.int8, None, torch.int8, (-128, 127)))
@@ -510,10 +524,10 @@ def test_nan_and_infinity_follow_the_contract():
     np.testing.assert_array_equal(conv(out_scale, (3, 100), torch.int8), [[3, 3], [100, 3], [3, 3]])
 
 
-def test_every_element_is_written(poisoned_empty):
+def test_every_element_is_written(larger, poisoned_empty):
     rng = np.random.default_rng(0)
     for name, shared in (("3x3", True), ("depthwise", False)):
-        layer = make_layer(rng, 5, 2, 1, shared=shared, **LARGER[name])
+        layer = make_layer(rng, 5, 2, 1, shared=shared, **larger(name))
         check_float(layer, rng, torch.float32, "contiguous")
         check_int8(layer, rng, Codes())
     x = laid_out(rng.normal(size=(5, 7)).astype(np.float32))
@@ -521,10 +535,10 @@ def test_every_element_is_written(poisoned_empty):
     assert_equal(backend.quantize(x, scale, -8, 7, 0), oracle.quantize(array(x), array(scale), -8, 7, 0), torch.int8)
 
 
-def test_members_do_not_see_each_other():
+def test_members_do_not_see_each_other(larger):
     """One call of M members gives the bits of M calls."""
     rng = np.random.default_rng(0)
-    layer = make_layer(rng, 6, 3, 2, shared=False, **LARGER["3x3"])
+    layer = make_layer(rng, 6, 3, 2, shared=False, **larger("3x3"))
     x = laid_out(random_codes(rng, layer.x_shape, torch.uint8), "channels_last")
     x_scale = laid_out(np.exp(rng.uniform(-5, -3, 3)).astype(np.float32))
 

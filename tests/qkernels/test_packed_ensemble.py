@@ -65,6 +65,7 @@ class Small(nn.Module):
         return self.head(self.norm(self.conv2(x) + x).mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, size, in_other_layers",
     [
@@ -160,6 +161,7 @@ def test_an_input_that_is_not_only_convolved_is_repeated():
     assert_same_logits(ensemble, models, torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_bits", [4, 3])
 def test_learned_activation_scales(act_bits):
     torch.manual_seed(0)
@@ -222,6 +224,7 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(compiled(x), ensemble(x))
 
 
+@pytest.mark.slow
 def test_the_size_of_a_resnet50():
     model = timm.create_model("resnet50", num_classes=7)
     floats = sum(t.nbytes for t in model.state_dict().values())
@@ -233,6 +236,7 @@ def test_the_size_of_a_resnet50():
     assert ensemble.nbytes <= 0.224 * floats
 
 
+@pytest.mark.slow
 def test_the_size_of_depthwise_layers():
     model = timm.create_model("tf_efficientnet_lite0", num_classes=7)
     codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))

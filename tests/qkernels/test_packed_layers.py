@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -49,7 +49,6 @@ def convolutions(draw):
     }
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     convolutions(),
     st.lists(st.integers(2, 8), min_size=1, max_size=4),
@@ -70,7 +69,6 @@ def test_convolutions(arguments, bits, granularity, images, shared):
         assert torch.equal(dequantized, layer.quantized_weight())
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 40),
     st.integers(1, 20),

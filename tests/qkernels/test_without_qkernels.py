@@ -15,6 +15,7 @@ import qkernels as qk
 from qkernels.library import library_path
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(library_path("_cpu") is None, reason="the C++ library was not built"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
 ]
@@ -22,6 +23,7 @@ TORCH = Path(torch.__file__).parent
 IN_PYTHON = """
 import sys
 import numpy as np, torch
+
 torch.ops.load_library(sys.argv[1])
 package = torch._inductor.aoti_load_package(sys.argv[2])
 x = torch.from_numpy(np.fromfile(sys.argv[3], np.float32).reshape([int(n) for n in sys.argv[4:8]]))

@@ -13,6 +13,16 @@ from qtdog.cli import main
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+RUNS = {"trained", "picture_runs", "gaqat"}  # fixtures that train
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """A test of a run waits for its training, which the first of them pays for."""
+    for item in items:
+        if RUNS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):

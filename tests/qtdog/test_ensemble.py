@@ -33,6 +33,7 @@ def runs(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combine", ["logits", "probs"])
 def test_ensemble_of_trained_members(runs, digits_dir, capsys, combine):
     assert main(["ensemble", str(runs), "--combine", combine, "--device", "cpu"]) == 0
@@ -73,6 +74,7 @@ def test_output_dir(runs, tmp_path):
     assert (written[0] / "members.json").is_file()
 
 
+@pytest.mark.slow
 def test_members_of_a_sweep(runs, tmp_path, digits_dir):
     """Folders named by a hash, two settings, two draws each: one ensemble a setting, of the best draws."""
     trained, sweep = runs / "RotatedMNIST" / "qtdog" / "0", tmp_path / "sweep"

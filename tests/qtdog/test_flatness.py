@@ -65,6 +65,7 @@ def test_directions_are_shared_by_models_of_one_architecture_and_unit_length():
     assert not torch.equal(a[0], flatness.direction(one, 1, 5)[0])
 
 
+@pytest.mark.slow
 def test_command_measures_the_dequantized_model(trained, digits_dir, tmp_path, capsys):
     picture = tmp_path / "plots" / "flat.png"
     folder = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1"
@@ -123,6 +124,7 @@ def test_picture_of_unknown_kind(trained, capsys):
     assert "must end in .png" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_gives_the_same_numbers(trained, tmp_path, monkeypatch, capsys):
     arguments = ["flatness", str(trained / "RotatedMNIST" / "qtdog"), "--radii", "0", "1", "--directions", "2",
                  "--max-images", "2", "--device", "cpu", "--output"]  # fmt: skip

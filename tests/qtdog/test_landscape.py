@@ -53,6 +53,7 @@ def test_surface_of_a_bowl():
     assert all(torch.equal(w, c) for w, c in zip(weights, center, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--quantize-each"]])
 def test_the_center_is_the_loss_of_the_run(trained, tmp_path, capsys, flags):
     folder, picture = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1", tmp_path / "plots" / "l.png"
@@ -68,6 +69,7 @@ def test_the_center_is_the_loss_of_the_run(trained, tmp_path, capsys, flags):
     assert center == pytest.approx(trained_probe.losses(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_gives_the_same_numbers(trained, tmp_path, monkeypatch):
     run = str(trained / "RotatedMNIST" / "erm")
     arguments = ["landscape", run, "--grid", "3", "--max-images", "1", "--device", "cpu", "--output"]

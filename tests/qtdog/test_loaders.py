@@ -20,6 +20,7 @@ def same(one, two):
     return all(torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
 
 
+@pytest.mark.slow
 def test_batches_depend_on_nothing_but_seed_domain_and_step(parts):
     whole = list(training_batches(parts, 4, seed=0, start=0, stop=6, workers=0))
     assert len(whole) == 6 and len(whole[0]) == 3 and whole[0][0][0].shape == (4, 3, 16, 16)

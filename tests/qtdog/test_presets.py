@@ -50,6 +50,7 @@ def equal(a, b):
     return a == b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_and_resumes_bit_for_bit(digits_dir, tmp_path, monkeypatch, method):
     assert train(digits_dir, tmp_path / "whole", method) == 0
@@ -94,6 +95,7 @@ def test_trains_and_resumes_bit_for_bit(digits_dir, tmp_path, monkeypatch, metho
         assert card.selected_step >= first
 
 
+@pytest.mark.slow
 def test_lsq_quantizes_inputs_with_first_and_last_layer_at_8_bits(digits_dir, tmp_path):
     assert train(digits_dir, tmp_path, "lsq", "--weight-bits", "3", "--act-bits", "3") == 0
     model = load_model(folder_of(tmp_path, "lsq"))
@@ -102,6 +104,7 @@ def test_lsq_quantizes_inputs_with_first_and_last_layer_at_8_bits(digits_dir, tm
     assert model.conv1.act_range == (0, 255) and model.conv2.act_range == (-4, 3)  # after GroupNorm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rtn-frozen", "frozen-backbone"])
 def test_frozen_modes_train_norm_layers_and_head_alone(digits_dir, tmp_path, mode):
     assert train(digits_dir, tmp_path, "qtdog", "--qat-mode", mode) == 0
@@ -118,6 +121,7 @@ def test_frozen_modes_train_norm_layers_and_head_alone(digits_dir, tmp_path, mod
     assert {name.partition(".")[0] for name in changed} == {"bn0", "bn1", "bn2", "bn3", "classifier"}
 
 
+@pytest.mark.slow
 def test_inq_ends_at_powers_of_two(digits_dir, tmp_path):
     assert train(digits_dir, tmp_path, "qtdog-inq") == 0
     folder = folder_of(tmp_path, "qtdog-inq")
@@ -129,6 +133,7 @@ def test_inq_ends_at_powers_of_two(digits_dir, tmp_path):
     assert all(f"{fraction:.1%} of the weights frozen" in log for fraction in INQ_FRACTIONS)
 
 
+@pytest.mark.slow
 def test_batch_norm_that_trains_is_estimated_for_averages(pictures, tmp_path):
     arguments = ["train", "--dataset", "folder", "--data-dir", str(pictures), "--backbone", "test_resnet", "--weights",
                  "none", "--image-size", "16", "--test-envs", "dark", "--device", "cpu", "--steps", "3", "--method",
@@ -143,6 +148,7 @@ def test_batch_norm_that_trains_is_estimated_for_averages(pictures, tmp_path):
     assert not torch.equal(selected[name], trained[name])
 
 
+@pytest.mark.slow
 def test_transformer_at_another_image_size(pictures, tmp_path):
     arguments = ["train", "--dataset", "folder", "--data-dir", str(pictures), "--backbone", "test_vit", "--weights",
                  "none", "--image-size", "32", "--test-envs", "dark", "--device", "cpu", "--steps", "3",

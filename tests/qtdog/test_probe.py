@@ -76,6 +76,7 @@ def test_a_file_of_something_else_is_not_taken(tmp_path):
         Partial(tmp_path / "x.csv")
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_run_and_what_they_are_called(trained):
     runs = [str(trained / "RotatedMNIST" / name) for name in ("erm", "qtdog")]
     found = list(probe.probes(FlatnessConfig(runs, max_images=2, device="cpu"), Log()))

@@ -325,6 +325,7 @@ def worker(rank, path):
         torch.save(stored, path / f"{name}{rank}.pt")
 
 
+@pytest.mark.slow
 def test_each_process_moves_along_its_own_gradient_and_all_agree(tmp_path):
     in_two_processes(worker, tmp_path)
     for name in ("sam", "sagm", "gaqat"):

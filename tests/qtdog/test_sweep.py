@@ -82,6 +82,7 @@ def test_sweeps_that_make_no_sense(given, told):
         sweep.sweep(SweepConfig(**given))
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_twice(digits_dir, tmp_path, capsys):
     command = arguments(digits_dir, tmp_path, "--methods", "erm", "--n-trials", "2", "--n-hparams", "2")
     assert main([*command, "--show"]) == 0
@@ -101,6 +102,7 @@ def test_nothing_is_trained_twice(digits_dir, tmp_path, capsys):
     assert "ERM: 2 sets of hyper-parameters." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_states_and_the_claim_of_a_folder(tmp_path):
     folder = tmp_path / "job"
     assert sweep.state(folder) == "missing"
@@ -127,6 +129,7 @@ def test_states_and_the_claim_of_a_folder(tmp_path):
     assert sweep.state(folder) == "done"
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(digits_dir, tmp_path, capsys, monkeypatch):
     train, ill = leave_one_out.train, [True]
 
@@ -151,11 +154,13 @@ def killed(job, progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_one_line():
     with pytest.raises(UserError, match="a process was killed, perhaps for want of memory: try fewer --jobs"):
         list(leave_one_out.attempts(["one", "two"], 2, killed))
 
 
+@pytest.mark.slow
 def test_an_unexpected_error_is_not_hidden(digits_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(leave_one_out, "train", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -189,6 +194,7 @@ def ray_cluster(monkeypatch):
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_killed_workers_run_continues_from_its_checkpoint_on_ray(ray_cluster, digits_dir, tmp_path, capsys):
     """The worker is killed by SIGKILL after its first checkpoints; the result is that of an undisturbed run."""
     sizes = ["--steps", "60", "--checkpoint-freq", "6", "--methods", "erm", "--n-trials", "1"]

@@ -229,6 +229,7 @@ def domainbeds_collector(folder, oracle):
     return best
 
 
+@pytest.mark.slow
 def test_domainbeds_collector_reads_our_records_and_agrees(digits_dir, tmp_path):
     for trial, draw in ((0, 0), (0, 1), (1, 0)):
         assert main(["train", *DIGITS, "--data-dir", str(digits_dir), "--method", "erm", "--output-dir", str(tmp_path),

@@ -126,6 +126,7 @@ def test_selected_model_is_the_best_quantized_one(trained):
         assert card.accuracies.keys() == {f"env{i}_{part}_acc" for i in range(6) for part in ("in", "out")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "selected"), [("erm", 0), ("qtdog", 6)])
 def test_no_selection_before_the_switch(digits_dir, tmp_path, monkeypatch, method, selected):
     """The best validation accuracy of all is before the switch; among the quantized, steps 6 and 8 are equal."""
@@ -182,6 +183,7 @@ def quick(digits_dir, output, *more):
             "--checkpoint-freq", "1", "--eval-train-images", "4", *more]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_path, capsys, monkeypatch):
     calls = []
 
@@ -203,8 +205,20 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_
     assert [r["step"] for r in records(folder)] == list(range(6))
 
 
-@pytest.mark.parametrize("method", ["erm", "coral", "qtdog", "gaqat"])
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        ("erm", "bfloat16"),
+        ("gaqat", "float16"),
+        ("coral", "bfloat16"),
+        ("qtdog", "float16"),
+        pytest.param("erm", "float16", marks=pytest.mark.nightly),
+        pytest.param("gaqat", "bfloat16", marks=pytest.mark.nightly),
+        pytest.param("coral", "float16", marks=pytest.mark.nightly),
+        pytest.param("qtdog", "bfloat16", marks=pytest.mark.nightly),
+    ],
+)
 def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
     """Products in half precision, weights, losses and evaluation in float32, and nearly the same training."""
     layers, evaluated = set(), set()
@@ -224,13 +238,14 @@ def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
 
     ALGORITHM = ALGORITHMS[algorithm]
     monkeypatch.setattr(trainer, "accuracy", judged)
-    whole = ["train", *DIGITS, "--data-dir", str(digits_dir), "--method", method, "--steps", "6", "--checkpoint-freq",
-             "2", "--eval-train-images", "4"] + ["--switch-step", "2"] * (method == "qtdog")  # fmt: skip
+    whole = ["train", *DIGITS, "--dataset", "ColoredMNIST", "--data-dir", str(digits_dir), "--method", method]
+    whole += ["--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4"]
+    whole += ["--switch-step", "2"] * (method == "qtdog")
     assert main([*whole, "--output-dir", str(tmp_path / "float32")]) == 0
     monkeypatch.setitem(ALGORITHMS, algorithm, watched)
     assert main([*whole, "--output-dir", str(tmp_path / precision), "--precision", precision]) == 0
     assert layers == {getattr(torch, precision)} and evaluated == {torch.float32}
-    place = Path("RotatedMNIST") / method / "0" / "trial0_seed0"
+    place = Path("ColoredMNIST") / method / "+90%" / "trial0_seed0"
     single, half = records(tmp_path / "float32" / place), records(tmp_path / precision / place)
     assert [r["loss"] for r in half] != [r["loss"] for r in single]
     assert [r["loss"] for r in half] == pytest.approx([r["loss"] for r in single], rel=0.1)
@@ -239,6 +254,7 @@ def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
     assert (stored["scaler"] is not None) == (precision == "float16")
 
 
+@pytest.mark.slow
 def test_resumed_float16_keeps_its_loss_scale(digits_dir, tmp_path, monkeypatch):
     """A loss scale that is too large halves at every step that it spoils; a resumed run does not start over."""
     run, stop, scales = trainer.Trainer.checkpoint, [], []
@@ -258,6 +274,7 @@ def test_resumed_float16_keeps_its_loss_scale(digits_dir, tmp_path, monkeypatch)
     assert scales == [2.0**39, 2.0**38, 2.0**37, 2.0**36]
 
 
+@pytest.mark.slow
 def test_resume_on_other_data_is_refused(digits_dir, tmp_path, capsys, monkeypatch):
     run, stop = trainer.Trainer.checkpoint, []
 
@@ -278,6 +295,7 @@ def test_resume_on_other_data_is_refused(digits_dir, tmp_path, capsys, monkeypat
     assert main([*arguments, "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_after", [1, 5], ids=["before the switch", "after the switch"])
 def test_resume_after_sigkill_is_bit_identical(pictures, tmp_path, killed_after):
     """With dropout, augmentation, frozen BN and another number of workers; the switch is at step 9."""
