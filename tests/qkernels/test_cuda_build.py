@@ -27,6 +27,7 @@ KERNELS = re.compile(  # more than one of each: for other dtypes and bits
     r"(forward|backward|mean_abs|quantize)_(rows|columns)|fold_kernel|(pack|unpack|dequantize_packed|gemv)_kernel"
 )
 MAX_REGISTERS = 128  # two blocks of 256 threads on a multiprocessor of 65536 registers
+EXAMINED = ("sm_80", "sm_90")
 LIBRARY = library_path("_cuda")
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the C++/CUDA kernels were not built")
@@ -66,11 +67,13 @@ def test_library_registers_every_op():
 
 
 def test_kernels_spill_nothing_and_keep_registers_low():
-    resources = kernel_resources(LIBRARY)
+    resources = {key: used for key, used in kernel_resources(LIBRARY).items() if key[0] in EXAMINED}
+    if not resources:
+        pytest.skip(f"the library was built for none of {', '.join(EXAMINED)}")
     for architecture in {architecture for architecture, _ in resources}:
         kernels = {KERNELS.search(kernel)[0] for a, kernel in resources if a == architecture}
         assert len(kernels) == 13, (architecture, kernels)
     wrong = {
         key: used for key, used in resources.items() if used["LOCAL"] or used["STACK"] or used["REG"] > MAX_REGISTERS
     }
-    assert resources and not wrong
+    assert not wrong
