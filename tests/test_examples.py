@@ -13,6 +13,7 @@ def code_cells(notebook):
     return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_run_with_few_steps(notebook, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

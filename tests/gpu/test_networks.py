@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import qkernels as qk
 
+pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 NETWORK, IMAGES, PIXELS = ("resnet50", 8, 96) if DEVICE == "cuda" else ("resnet18", 4, 32)

@@ -46,6 +46,7 @@ def test_an_unknown_run_is_an_error_that_names_those_there_are():
     assert process.returncode == 2 and "choose from" in process.stderr and "3" in process.stderr
 
 
+@pytest.mark.slow
 def test_files_and_benchmarks_that_are_named_exist(queue):
     asked = argparse.Namespace(device="cuda", threads=1, seconds=0.1, full=True, slow="^$")
     found = benchmarks.collect(asked, "").parameters

@@ -19,6 +19,7 @@ FIRST = smoke_cases.cases()[: len(smoke_cases.PARAMETERS)]
 CASES = [pair for pair in smoke.todo(list(smoke.BACKENDS)) if smoke.GPU or pair[1] in FIRST]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # numpy's, where the interpreter computes with NaN
 @pytest.mark.parametrize(("backend", "case"), [pytest.param(*pair, id=f"{pair[0].name} {pair[1]}") for pair in CASES])
 def test_case(backend, case):

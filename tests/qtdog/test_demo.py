@@ -16,6 +16,7 @@ def one_process(monkeypatch):
     monkeypatch.setattr(demo, "carry_out", lambda jobs, at_once, threads: carry_out(jobs, at_once=1))
 
 
+@pytest.mark.slow
 def test_end_to_end_and_again(one_process, digits_dir, tmp_path, capsys):
     output = tmp_path / "demo"
     arguments = ["demo", "--output-dir", str(output), "--data-dir", str(digits_dir), "--steps", "6", "--members", "2"]
