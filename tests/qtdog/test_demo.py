@@ -1,4 +1,9 @@
+"""The demo: what it runs and says, and the page that shows it."""
+
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +78,18 @@ def test_the_sentence_has_the_numbers_of_the_table():
     worse = demo.verdict(erm, qtdog, erms, dataclasses.replace(eoq, target=[79.0]))
     assert "-2.0 points" in worse and "above 0 of its 2 seeds" in worse
     assert "81.0 ± 1.4" in demo.table([erm, qtdog, erms, eoq])
+
+
+def test_the_page_shows_the_committed_table():
+    """docs/demo/table.json is `runs/demo/table.json` of the run that docs/demo.md shows."""
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "demo.md").read_text()
+    (results,) = json.loads((docs / "demo" / "table.json").read_text())["tables"]
+    rows = [row for row in results["rows"] if row["selection"] == "source validation"]
+    assert [row["label"] for row in rows] == ["ERM", "Ensemble of ERM", "QT-DoG", "EoQ"]
+    for row in rows:
+        (line,) = re.findall(rf"^{row['label']} .*kB.*$", page, re.MULTILINE)
+        accuracies = [row[part][demo.TARGET]["mean"] for part in ("cells", "in_domain")]
+        told = [f"{accuracy:.1f}" for accuracy in accuracies]
+        told.append(f"{row['mean_nbytes'] / 1000:.0f} kB ({row['ratio_to_float']:.2f}x)")
+        assert all(f" {text}" in line for text in told), (line, told)
