@@ -65,7 +65,8 @@ backend = Backend("reference")
 
 
 def slow(name: str):
-    return pytest.param(name, marks=pytest.mark.slow)
+    """A backend that computes slowly; tracing what the interpreter does for coverage takes three times as long again."""
+    return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.no_cover])
 
 
 @pytest.fixture(params=["reference", "cpp", "cuda", *map(slow, ("emulated", "triton", "triton-tiny"))], autouse=True)

@@ -66,7 +66,7 @@ def test_python_m_qkernels_prints_what_was_built():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["-m qkernels", "-m qtdog --help", "-m qtdog train --help"])
+@pytest.mark.parametrize("command", ["-m qkernels", "-m qtdog --help"])
 def test_a_reader_that_stops_early_ends_it_quietly(command):
     """As `| head -1` does."""
     process = subprocess.Popen(

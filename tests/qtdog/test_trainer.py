@@ -108,7 +108,7 @@ def test_run_folder_holds_what_it_should(trained):
     assert last["epoch"] == pytest.approx(8 * 2 / 16) and last["environment"]["torch"] == torch.__version__
     assert last["hparams"]["quantization"]["switch_step"] == 4 and "120 digits" in last["data_source"]
     out = (folder / "out.txt").read_text()
-    assert "method preset qtdog" in out and "changed steps=9" in out and "environment: python" in out
+    assert "method preset qtdog" in out and "changed steps=9" in out and "environment: qtdog" in out
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 8 and "conv1.weight_scale" in checkpoint["model"]
 
