@@ -65,7 +65,7 @@ backend = Backend("reference")
 
 
 def slow(name: str):
-    """A backend that computes slowly; tracing what the interpreter does for coverage takes three times as long again."""
+    """A backend that computes slowly, and under the tracing of coverage several times as slowly."""
     return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.no_cover])
 
 
