@@ -98,11 +98,12 @@ class QuantizedWeight(nn.Module):
         if self.act_quantizer is None:
             return x
         if self.act_range is None:
+            if torch.compiler.is_compiling():  # not @torch.compiler.disable: that imports the compiler with this file
+                raise RuntimeError("the first training batch decides an input's range: run one before compiling")
             self._start_act_scale(x)
             assert self.act_range is not None
         return self.act_quantizer(x, self.act_scale, self.act_range, multiply_dtype(x))
 
-    @torch.compiler.disable(reason="the first training batch decides the range: run one before compiling")
     @torch.no_grad()
     def _start_act_scale(self, x: Tensor) -> None:
         """Take scale and sign from x, over all processes of a distributed run: each sees its part of the batch."""
