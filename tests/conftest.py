@@ -15,10 +15,10 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, slowly
 
 every_time = hypothesis.settings(
-    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 hypothesis.settings.register_profile("every time", every_time)
-hypothesis.settings.register_profile("nightly", every_time, max_examples=250)
+hypothesis.settings.register_profile("nightly", every_time, max_examples=200)
 hypothesis.settings.load_profile("every time")
 
 

@@ -64,12 +64,20 @@ class Backend:
 backend = Backend("reference")
 
 
+def compiled(name: str):
+    """A backend whose kernels are no Python: tracing the tests for coverage would show nothing and takes its time."""
+    return pytest.param(name, marks=pytest.mark.no_cover)
+
+
 def slow(name: str):
-    """A backend that computes slowly, and under the tracing of coverage several times as slowly."""
+    """A backend that is emulated or interpreted; under coverage's tracing it would be several times as slow."""
     return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.no_cover])
 
 
-@pytest.fixture(params=["reference", "cpp", "cuda", *map(slow, ("emulated", "triton", "triton-tiny"))], autouse=True)
+BACKENDS = ("reference", *map(compiled, ("cpp", "cuda")), *map(slow, ("emulated", "triton", "triton-tiny")))
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
 def each_backend(request, monkeypatch):
     global backend
     if (why := why_not(request.param)) is not None:

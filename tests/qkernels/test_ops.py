@@ -82,12 +82,14 @@ def test_every_schema_has_fake_reference_and_opcheck(name):
     assert name in qk.backends.TRITON_MODULES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(name):
     for arguments in CASES[name]:
         torch.library.opcheck(getattr(ops, name).default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fake_quantize", "fake_quantize_multi"])
 def test_opcheck_with_gradients(name):
     def requiring(a):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from packed_oracle import FLOAT32_UNIT, Window
-from test_backends import DTYPES, Backend, assert_laid_out_like, slow, why_not
+from test_backends import DTYPES, Backend, assert_laid_out_like, compiled, slow, why_not
 
 from qkernels import library
 from qkernels.packed_ops import Geometry, packed_bytes
@@ -24,7 +24,12 @@ backend = Backend("reference")
 
 # C++ with the kernels of every instruction set that this CPU has, and the others.
 ISAS = ("portable", "avx2", "avx512vnni")
-BACKENDS = ("reference", *(f"cpp-{isa}" for isa in ISAS), "cuda", slow("emulated"), slow("triton"))
+BACKENDS = (
+    "reference",
+    *(compiled(f"cpp-{isa}") for isa in ISAS),
+    compiled("cuda"),
+    *map(slow, ("emulated", "triton")),
+)
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
