@@ -1,5 +1,6 @@
 """Settings that must stand before torch or triton are imported by a test."""
 
+import dataclasses
 import importlib.util
 import os
 
@@ -13,6 +14,10 @@ import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, slowly
+    from triton.runtime.interpreter import interpreter_builder
+
+    # Half of the interpreter's time goes into assertions that it evaluates and, not in debug mode, never looks at.
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
 
 every_time = hypothesis.settings(
     max_examples=20, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]

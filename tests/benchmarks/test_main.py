@@ -1,7 +1,6 @@
 """`python -m benchmarks`, end to end on its smallest case."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,14 +26,11 @@ def run(monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_list():
-    listed = {}
-    for chosen in ("quick", "full"):
-        arguments = [sys.executable, "-m", "benchmarks", "--device", "cpu", "--list", *["--full"] * (chosen == "full")]
-        listed[chosen] = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "bench_packed_ensemble.py::bench_packed_ensemble\n    batch1\n    batch8\n" in listed["quick"]
-    assert len(listed["quick"].splitlines()) < len(listed["full"].splitlines())
-    assert "resnet50-224" not in listed["full"]  # the step for a GPU
+def test_list(run):
+    quick, full = run("--list"), run("--list", "--full")
+    assert "bench_packed_ensemble.py::bench_packed_ensemble\n    batch1\n    batch8\n" in quick
+    assert len(quick.splitlines()) < len(full.splitlines())
+    assert "resnet50-224" not in full  # the step for a GPU
 
 
 @pytest.mark.slow

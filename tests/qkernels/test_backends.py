@@ -220,10 +220,11 @@ def test_fake_quantize_backward(data, layer, grad_dtype, aten_edge):
         assert_sums(grad_offset / 0.3, exact.offset, exact.offset_magnitude, scale)
     if x.dtype == torch.float32:
         assert_same(grad_x, reference.fake_quantize_backward(*arguments, False)[0])
-    for first, again in zip(
-        (grad_x, grad_scale, grad_offset), backend.fake_quantize_backward(*arguments, True), strict=True
-    ):
-        assert_same(again, first)
+    if not backend.interpreted:  # whose programs take turns
+        for first, again in zip(
+            (grad_x, grad_scale, grad_offset), backend.fake_quantize_backward(*arguments, True), strict=True
+        ):
+            assert_same(again, first)
     without = backend.fake_quantize_backward(*arguments, False)
     assert_same(without[0], grad_x)
     assert without[1].shape == without[2].shape == (0,)
@@ -234,7 +235,8 @@ def models(draw):
     """Layers that share dtype and axis; the lists that `fake_quantize_multi` takes, then the axis."""
     axis = draw(st.sampled_from([None, 0]))
     dtype = draw(st.sampled_from(DTYPES))
-    several = draw(st.lists(layers(axis=axis, any_axis=False, dtype=dtype, most=200), min_size=1, max_size=4))
+    layer = layers(axis=axis, any_axis=False, dtype=dtype, most=100 if backend.interpreted else 200)
+    several = draw(st.lists(layer, min_size=1, max_size=4))
     xs, scales, _, qmins, qmaxs, _ = (list(column) for column in zip(*several, strict=True))
     return xs, scales, qmins, qmaxs, axis
 
@@ -262,9 +264,10 @@ def test_fake_quantize_multi_backward(data, model, grad_dtype):
         exact = oracle.gradients(numpy32(grad), numpy32(x), numpy32(scale), None, qmin, qmax, axis, False)
         assert_same(grad_x, rounded(exact.x, x.dtype))
         assert_sums(grad_scale / factor, exact.scale, exact.scale_magnitude, scale)
-    again = backend.fake_quantize_multi_backward(grads, xs, scales, qmins, qmaxs, axis, factors, True)
-    for first, second in zip([*grad_xs, *grad_scales], [*again[0], *again[1]], strict=True):
-        assert_same(second, first)
+    if not backend.interpreted:
+        again = backend.fake_quantize_multi_backward(grads, xs, scales, qmins, qmaxs, axis, factors, True)
+        for first, second in zip([*grad_xs, *grad_scales], [*again[0], *again[1]], strict=True):
+            assert_same(second, first)
     without = backend.fake_quantize_multi_backward(grads, xs, scales, qmins, qmaxs, axis, factors, False)
     for first, second, nothing in zip(grad_xs, *without, strict=True):
         assert_same(second, first)

@@ -228,9 +228,10 @@ def layers(draw):
         draw(st.integers(max(1, d * (k - 1) + 1 - pads), max(1, d * (k - 1) + 1 - pads) + 8))
         for k, d, pads in zip(kernel, dilation, (padding[0] + padding[2], padding[1] + padding[3]), strict=True)
     ]
+    width = 7 if backend.interpreted else 21
     groups, depth, per_group = draw(
         st.one_of(
-            st.tuples(st.just(1), st.integers(1, 21), st.integers(1, 21)),
+            st.tuples(st.just(1), st.integers(1, width), st.integers(1, 21)),
             st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 9)),
             st.tuples(st.integers(2, 37), st.just(1), st.integers(1, 3)),  # depthwise, with a channel multiplier
             st.tuples(st.integers(2, 5), st.integers(2, 4), st.integers(1, 3)),
