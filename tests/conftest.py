@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -31,6 +32,24 @@ hypothesis.settings.load_profile("every time")
 def pytest_xdist_auto_num_workers() -> int:
     """`-n auto`: the cores that this process may use, be they of the machine's or of a container's."""
     return len(os.sched_getaffinity(0))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The commands of the docs, the longest of all tests, first: at the end one process would work on them alone."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_docs.py"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """As no_cover of pytest-cov, which in a process of pytest-xdist has one tracer below another and only stops one."""
+    if item.get_closest_marker("untraced") is None:
+        return (yield)
+    trace = sys.gettrace()
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(trace)
 
 
 @pytest.fixture(autouse=True)

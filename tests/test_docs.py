@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run by .ci/run or other tests.
 ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m qkernels", "unzip ", "torchrun ")
-SMALL = "--steps 4 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --num-workers 0 --device cpu"
+SMALL = "--steps 4 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --device cpu"
+READERS = ("train", "sweep", "ensemble", "eval", "flatness", "landscape", "curvature")  # of images
 MEASURE = {
     "flatness": "--radii 0 1 --directions 2 --max-images 2",
     "landscape": "--grid 3 --max-images 2",
@@ -95,6 +96,8 @@ def test_qtdog_commands_run(page, pictures, digits, tmp_path, monkeypatch, reque
     for command in commands(page):
         if command[0] != "qtdog":
             continue
+        if command[1] in READERS:
+            command += ["--num-workers", "0"]
         if command[1] == "train":
             command += shlex.split(SMALL + " --jobs 1" + (" --test-envs 0" if page.stem == "README" else ""))
             if "erm" not in command:

@@ -66,12 +66,12 @@ backend = Backend("reference")
 
 def compiled(name: str):
     """A backend whose kernels are no Python: tracing the tests for coverage would show nothing and takes its time."""
-    return pytest.param(name, marks=pytest.mark.no_cover)
+    return pytest.param(name, marks=pytest.mark.untraced)
 
 
 def slow(name: str):
     """A backend that is emulated or interpreted; under coverage's tracing it would be several times as slow."""
-    return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.no_cover])
+    return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.untraced])
 
 
 BACKENDS = ("reference", *map(compiled, ("cpp", "cuda")), *map(slow, ("emulated", "triton", "triton-tiny")))
