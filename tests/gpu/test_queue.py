@@ -58,6 +58,7 @@ def test_files_and_benchmarks_that_are_named_exist(queue):
             assert any(re.search(case, name) for name in names), case
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(queue, monkeypatch, capsys, tmp_path):
     def python(script):
         return [sys.executable, "-c", script]

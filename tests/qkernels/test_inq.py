@@ -117,6 +117,7 @@ def test_state_resumes_and_a_float_checkpoint_starts_anew():
     assert torch.equal(other(x), plain(x)) and not other[0].weight_frozen.isfinite().any()
 
 
+@pytest.mark.slow
 def test_works_with_fusing_compile_activations_and_counts_bits():
     model, x = inq_net(), torch.randn(2, 10)
     assert qk.packed_nbytes(model) == 32 * 3 + 4 * (8 + 1 + 24 + 3)  # 80 codes are one block of 256

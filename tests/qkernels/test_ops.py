@@ -384,6 +384,7 @@ def test_memory_format_is_kept(memory_format):
     assert y.is_contiguous(memory_format=memory_format) and x.grad.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_too_large_for_the_caches(dtype):
     """Such results are written another way; odd rows start at every alignment."""

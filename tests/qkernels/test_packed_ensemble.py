@@ -215,6 +215,7 @@ def test_other_dtypes_and_layouts(channels_last):
         assert (got.float() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     models = members(Small)
     ensemble = qk.PackedEnsemble.from_models(models)

@@ -112,6 +112,7 @@ def test_what_does_not_belong_is_named(tmp_path, spoil, told):
         image_files("PACS", str(tmp_path), quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", ["domain_net", "."])
 def test_domain_net_without_its_duplicates(tmp_path, beside):
     base = make(tmp_path / "domain_net", "DomainNet")

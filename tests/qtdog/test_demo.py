@@ -27,7 +27,7 @@ def test_end_to_end_and_again(one_process, digits_dir, tmp_path, capsys):
     arguments = ["demo", "--output-dir", str(output), "--data-dir", str(digits_dir), "--steps", "6", "--members", "2"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "3 minutes on 2 cores" in out.split("\n\n")[0]
+    assert "2 minutes on 2 cores" in out.split("\n\n")[0]
     table, sentence, files = out.split("\n\n")[-3:]
     rows = [line for line in table.splitlines() if "kB" in line]
     assert [row.split("  ")[0] for row in rows] == ["ERM", "QT-DoG", "Ensemble of ERM", "EoQ"]
