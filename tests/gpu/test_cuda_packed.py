@@ -2,7 +2,7 @@
 none of the C++/CUDA kernels emulated.
 
 Larger shapes than Triton's interpreter can run, races, streams, CUDA graphs and torch.compile;
-tests/qkernels/test_packed_backends.py holds the same kernels to a strict bound on small shapes.
+tests/qkernels/test_packed_convolutions.py holds the same kernels to a strict bound on small shapes.
 """
 
 import random

@@ -47,6 +47,9 @@ class Backend:
     """The ops of one backend, as functions of tensors on `device`."""
 
     def __init__(self, name: str) -> None:
+        self.choose(name)
+
+    def choose(self, name: str) -> None:
         self.name = name
         self.device = "cuda" if name == "cuda" or (name.startswith("triton") and GPU) else "cpu"
         self.interpreted = name.startswith("triton") and not GPU
@@ -79,10 +82,9 @@ BACKENDS = ("reference", *map(compiled, ("cpp", "cuda")), *map(slow, ("emulated"
 
 @pytest.fixture(params=BACKENDS, autouse=True)
 def each_backend(request, monkeypatch):
-    global backend
     if (why := why_not(request.param)) is not None:
         pytest.skip(why)
-    backend = Backend(request.param)
+    backend.choose(request.param)
     if request.param == "triton-tiny":
         from qkernels.triton import launch
 

@@ -1,4 +1,4 @@
-"""What the packed ops refuse, and how they say so; their results are in test_packed_backends.py."""
+"""What the packed ops refuse, and how they say so; results: test_packed_codes.py and test_packed_convolutions.py."""
 
 import pytest
 import torch

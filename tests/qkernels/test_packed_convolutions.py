@@ -1,5 +1,5 @@
-"""The packed ops on every backend against a numpy oracle: codes, bits and integer convolutions bit for bit, float
-convolutions within the bound of a float32 sum.
+"""The packed convolutions on every backend against a numpy oracle: on integers bit for bit, on floats within the bound
+of a float32 sum.
 
 A backend that does not implement an op is served by the reference, as users are.
 """
@@ -11,245 +11,37 @@ import numpy as np
 import packed_oracle as oracle
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from packed_oracle import FLOAT32_UNIT, Window
-from test_backends import DTYPES, Backend, assert_laid_out_like, compiled, slow, why_not
+from packed_cases import (
+    ACTIVATIONS,
+    BITS,
+    INTEGERS,
+    ISAS,
+    LAYOUTS,
+    RANGES,
+    SEEDS,
+    Layer,
+    array,
+    assert_channels_last,
+    assert_equal,
+    backend,
+    each_backend,  # noqa: F401, a fixture
+    laid_out,
+    layers,
+    make_layer,
+    rounded,
+)
+from packed_oracle import FLOAT32_UNIT
+from test_backends import DTYPES
 
 from qkernels import library
-from qkernels.packed_ops import Geometry, packed_bytes
-
-backend = Backend("reference")
-
-
-# C++ with the kernels of every instruction set that this CPU has, and the others.
-ISAS = ("portable", "avx2", "avx512vnni")
-BACKENDS = (
-    "reference",
-    *(compiled(f"cpp-{isa}") for isa in ISAS),
-    compiled("cuda"),
-    *map(slow, ("emulated", "triton")),
-)
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def each_backend(request, monkeypatch):
-    global backend
-    name, _, isa = request.param.partition("-")
-    if (why := why_not(name)) is not None:
-        pytest.skip(why)
-    if isa:
-        if isa not in ("portable", *library.cpu_features()):
-            pytest.skip(f"this CPU lacks {isa}")
-        monkeypatch.setenv("QKERNELS_CPU_ISA", isa)
-    backend = Backend(name)
-
+from qkernels.packed_ops import Geometry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, where the interpreter computes with NaN
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
 ]
-LAYOUTS = ("contiguous", "channels_last", "strided", "unaligned")
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
-INTEGERS = (torch.int8, torch.uint8)
-RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
-BITS = st.integers(2, 8)
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-def laid_out(values: np.ndarray | torch.Tensor, layout: str = "contiguous") -> torch.Tensor:
-    """The values on the backend's device, in another memory layout."""
-    t = torch.as_tensor(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values).to(backend.device)
-    if layout == "channels_last" and t.dim() == 4:
-        return t.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        padded = t.new_zeros([2 * n + 1 for n in t.shape])
-        return padded[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
-    if layout == "unaligned":
-        return t.new_zeros(t.numel() + 1)[1:].view(t.shape).copy_(t)
-    return t
-
-
-def array(t: torch.Tensor) -> np.ndarray:
-    return t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy()
-
-
-def assert_equal(actual: torch.Tensor, expected: np.ndarray, dtype: torch.dtype) -> None:
-    assert actual.dtype == dtype and tuple(actual.shape) == expected.shape
-    np.testing.assert_array_equal(array(actual), expected)
-
-
-def assert_channels_last(t: torch.Tensor) -> None:
-    assert t.is_contiguous(memory_format=torch.channels_last)
-
-
-def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """float32 values as a store to `dtype` makes them; Triton's interpreter truncates to bfloat16."""
-    t = torch.from_numpy(np.array(values, np.float32))
-    if backend.truncates_bfloat16 and dtype == torch.bfloat16:
-        t = (t.view(torch.int32) & -65536).view(torch.float32)
-    return array(t.to(dtype))
-
-
-# pack, unpack, quantize, dequantize_packed
-
-
-@given(SEEDS, BITS, st.lists(st.integers(0, 40), max_size=3), st.sampled_from(INTEGERS), st.sampled_from(LAYOUTS))
-@example(0, 7, [255], torch.int8, "contiguous")
-@example(0, 7, [256], torch.int8, "unaligned")
-@example(0, 3, [3, 300], torch.uint8, "strided")
-@example(0, 5, [70_001], torch.int8, "contiguous")
-def test_pack(seed, bits, shape, dtype, layout):
-    codes = np.random.default_rng(seed).integers(*RANGES[dtype], shape, endpoint=True)
-    x = laid_out(codes.astype(np.int8 if dtype == torch.int8 else np.uint8), layout)
-    packed = backend.pack(x, bits)
-    assert packed.shape == (packed_bytes(codes.size, bits),)
-    assert_equal(packed, oracle.pack(codes, bits), torch.uint8)
-
-
-@given(
-    SEEDS, BITS, st.lists(st.integers(0, 3), max_size=2), st.integers(0, 1500), st.booleans(), st.sampled_from(LAYOUTS)
-)
-@example(0, 7, [], 70_001, True, "contiguous")
-@example(0, 8, [2], 256, True, "unaligned")
-def test_unpack(seed, bits, leading, count, signed, layout):
-    """Any bytes are codes: also those that `pack` would not have written behind the last code."""
-    nbytes = packed_bytes(count, bits)
-    packed = np.random.default_rng(seed).integers(0, 256, [*leading, nbytes]).astype(np.uint8)
-    codes = backend.unpack(laid_out(packed, layout), bits, count, signed)
-    flat = packed.reshape(-1, nbytes) if nbytes else np.zeros((math.prod(leading), 0), np.uint8)
-    expected = np.array([oracle.unpack(p, bits, count, signed) for p in flat], np.int64).reshape(*leading, count)
-    assert_equal(codes, expected, torch.int8 if signed else torch.uint8)
-
-
-@given(st.data(), SEEDS, st.lists(st.integers(0, 9) | st.integers(1, 40), max_size=4), st.sampled_from(DTYPES))
-def test_quantize(data, seed, shape, dtype):
-    axis = data.draw(st.none() | st.integers(0, len(shape) - 1)) if shape else None
-    qmin, qmax = data.draw(st.sampled_from([(-64, 63), (-128, 127), (0, 255), (-2, 1), (3, 9), (-9, -4)]))
-    layout = data.draw(st.sampled_from(LAYOUTS))
-    rng = np.random.default_rng(seed)
-    per_scale = () if axis is None else (shape[axis],)
-    scale = np.exp(rng.uniform(-6, 2, per_scale)).astype(np.float32)
-    if data.draw(st.booleans()):
-        scale = np.where(rng.random(per_scale) < 0.3, rng.choice([0, -1, np.nan, np.inf]), scale).astype(np.float32)
-    elif data.draw(st.booleans()):
-        scale = np.full(per_scale, 0.25, np.float32)  # so that multiples of 1/8 are ties
-    values = np.where(rng.random(shape) < 0.5, rng.normal(size=shape) * 30, rng.integers(-600, 600, shape) / 8)
-    values = np.where(rng.random(shape) < 0.05, rng.choice([np.nan, np.inf, -np.inf, 3e38, -0.0], shape), values)
-    x = laid_out(torch.from_numpy(np.asarray(values, np.float32)).to(dtype), layout)
-    codes = backend.quantize(x, laid_out(np.asarray(scale)), qmin, qmax, axis)
-    assert_laid_out_like(codes, x)
-    expected = oracle.quantize(array(x), scale, qmin, qmax, axis)
-    assert_equal(codes, expected, torch.int8 if qmin < 0 else torch.uint8)
-
-
-@given(SEEDS, BITS, st.integers(1, 4), st.integers(1, 40), st.integers(0, 60), st.sampled_from(DTYPES), st.booleans())
-@example(0, 7, 2, 300, 300, torch.float32, True)
-def test_dequantize_packed(seed, bits, members, channels, depth, dtype, strided):
-    count = channels * depth
-    rng = np.random.default_rng(seed)
-    packed = rng.integers(0, 256, (members, packed_bytes(count, bits))).astype(np.uint8)
-    scale = rng.normal(size=(members, channels)).astype(np.float32)
-    layout = "strided" if strided else "contiguous"
-    result = backend.dequantize_packed(laid_out(packed, layout), laid_out(scale, layout), bits, count, dtype)
-    codes = np.array([oracle.unpack(p, bits, count, True) for p in packed], np.float32)
-    expected = codes.reshape(members, channels, depth) * scale[..., None]
-    assert_equal(result, rounded(expected, dtype), dtype)
-
-
-# Convolutions
-
-
-class Layer(NamedTuple):
-    """What both convolutions take, x apart; codes in numpy, the rest on the backend's device."""
-
-    images: int
-    in_shape: tuple[int, int, int]
-    codes: np.ndarray
-    packed: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
-    bits: int
-    geometry: Geometry
-    shared: bool
-    activation: str
-
-    @property
-    def members(self) -> int:
-        return len(self.codes)
-
-    @property
-    def x_shape(self) -> tuple[int, ...]:
-        return (self.images * (1 if self.shared else self.members), *self.in_shape)
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        size = self.geometry.output_size(*self.in_shape[1:])
-        return (self.images * self.members, self.codes.shape[1], *size)
-
-    def sums(self, x: np.ndarray) -> np.ndarray:
-        g = self.geometry
-        window = Window(g.stride, g.padding, g.dilation, g.groups)
-        return oracle.members_convolution(x, self.codes.astype(x.dtype), window, self.shared)
-
-    def absolute(self) -> "Layer":
-        return self._replace(codes=np.abs(self.codes))
-
-
-def make_layer(
-    rng, bits, members, images, in_shape, out_channels, geometry, shared, activation="none", bias=True, layout=None
-) -> Layer:
-    weight_shape = geometry.weight_shape(out_channels, in_shape[0])
-    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (members, *weight_shape))
-    packed = np.stack([oracle.pack(c, bits) for c in codes])
-    scale = (np.exp(rng.uniform(-4, 0, (members, out_channels))) / 2**bits).astype(np.float32)
-    bias = rng.normal(size=(members, out_channels)).astype(np.float32) if bias else None
-    return Layer(
-        images,
-        in_shape,
-        codes,
-        laid_out(packed, layout or "contiguous"),
-        laid_out(scale, layout or "contiguous"),
-        None if bias is None else laid_out(bias, layout or "contiguous"),
-        bits,
-        geometry,
-        shared,
-        activation,
-    )
-
-
-@st.composite
-def layers(draw):
-    kernel = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (3, 3), (1, 3), (7, 7), (2, 5)]))
-    small = st.integers(1, 2)
-    stride, dilation = draw(st.tuples(small, small)), draw(st.tuples(small, small))
-    padding = draw(st.sampled_from([(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 1), (3, 2, 0, 1), (2, 2, 2, 2)]))
-    size = [
-        draw(st.integers(max(1, d * (k - 1) + 1 - pads), max(1, d * (k - 1) + 1 - pads) + 8))
-        for k, d, pads in zip(kernel, dilation, (padding[0] + padding[2], padding[1] + padding[3]), strict=True)
-    ]
-    width = 7 if backend.interpreted else 21
-    groups, depth, per_group = draw(
-        st.one_of(
-            st.tuples(st.just(1), st.integers(1, width), st.integers(1, 21)),
-            st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 9)),
-            st.tuples(st.integers(2, 37), st.just(1), st.integers(1, 3)),  # depthwise, with a channel multiplier
-            st.tuples(st.integers(2, 5), st.integers(2, 4), st.integers(1, 3)),
-        )
-    )
-    return make_layer(
-        np.random.default_rng(draw(SEEDS)),
-        draw(BITS),
-        draw(st.integers(1, 4)),
-        draw(st.sampled_from([0, 1, 1, 2, 3])),
-        (groups * depth, *size),
-        groups * per_group,
-        Geometry(kernel, stride, padding, dilation, groups),
-        draw(st.booleans()),
-        draw(st.sampled_from(ACTIVATIONS)),
-        draw(st.booleans()),
-        draw(st.sampled_from(["contiguous", "strided"])),
-    )
 
 
 def unit(dtype: torch.dtype) -> float:
