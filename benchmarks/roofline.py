@@ -25,7 +25,7 @@ def measure(device: str) -> dict[str, float]:
     The best of several runs each: a roof is what the machine reaches when nothing disturbs it. Where PyTorch multiplies
     narrow numbers slower than float32, as on CPUs without instructions for them, float32's is their roof too.
     """
-    source = torch.zeros(COPIED[device], dtype=torch.uint8, device=device)
+    source = torch.empty(COPIED[device], dtype=torch.uint8, device=device).random_()  # zeros may move faster
     target = torch.zeros_like(source)
     roofline = {"bandwidth": 2 * source.nbytes / _best(lambda: target.copy_(source), device)}
     for dtype in DTYPES[device]:

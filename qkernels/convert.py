@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -285,29 +285,40 @@ def dequantize_(model: nn.Module) -> nn.Module:
 
 
 def _fuse(model: nn.Module, args: Any) -> None:
-    groups: dict[Any, list[tuple[QuantizedWeight, LSQ]]] = {}
+    weights: dict[Any, list[tuple[QuantizedWeight, LSQ]]] = {}
+    inputs: dict[Any, list[QuantizedWeight]] = {}
     for _, layer in quantized_layers(model):
         if isinstance(layer.weight_quantizer, LSQ):
             key = (layer.weight_quantizer.axis, layer.weight.device, layer.weight.dtype)
-            groups.setdefault(key, []).append((layer, layer.weight_quantizer))
-    for (axis, _, _), members in groups.items():
+            weights.setdefault(key, []).append((layer, layer.weight_quantizer))
+        if layer.act_range is not None:  # else the input to come decides its scale
+            inputs.setdefault(layer.act_scale.device, []).append(layer)
+    for (axis, _, _), members in weights.items():
         layers, quantizers = zip(*members, strict=True)
-        weights = fake_quantize_multi(
+        fused = fake_quantize_multi(
             [layer.weight for layer in layers],
-            [positive_scale(layer.weight_scale) for layer in layers],
+            _positive_scales([layer.weight_scale for layer in layers]),
             [q.range[0] for q in quantizers],
             [q.range[1] for q in quantizers],
             axis,
             [q.grad_factor(layer.weight) for q, layer in zip(quantizers, layers, strict=True)],
             multiply_dtype(layers[0].weight),
         )
-        for layer, weight in zip(layers, weights, strict=True):
+        for layer, weight in zip(layers, fused, strict=True):
             layer.fused_weight = weight
+    for layers in inputs.values():
+        for layer, scale in zip(layers, _positive_scales([layer.act_scale for layer in layers]), strict=True):
+            layer.fused_act_scale = scale
+
+
+def _positive_scales(scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`positive_scale` of each, flat, in a few launches for all of them."""
+    return positive_scale(torch.cat([s.flatten() for s in scales])).split([s.numel() for s in scales])
 
 
 def _unfuse(model: nn.Module, args: Any, output: Any) -> None:
     for _, layer in quantized_layers(model):
-        layer.fused_weight = None
+        layer.fused_weight = layer.fused_act_scale = None
 
 
 def fuse_weights_(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ops import mean_abs
-from .quantizers import INQ, LSQ, ActivationLSQ, code_range, scale_of_mean
+from .quantizers import INQ, LSQ, ActivationLSQ, code_range, positive_scale, scale_of_mean
 
 UNDECIDED = -1  # act_signed before the first training batch; then 0 (unsigned) or 1 (signed)
 
@@ -40,7 +40,9 @@ class QuantizedWeight(nn.Module):
     weight_scale: nn.Parameter
     weight_quantizer: LSQ | INQ
     weight_frozen: Tensor
-    fused_weight: Tensor | None  # set for the length of one forward pass by `fuse_weights_`
+    # Set for the length of one forward pass by `fuse_weights_`: the fake-quantized weight, and the positive act_scale.
+    fused_weight: Tensor | None
+    fused_act_scale: Tensor | None
     act_quantizer: ActivationLSQ | None
     act_scale: nn.Parameter
     act_signed: Tensor
@@ -61,6 +63,7 @@ class QuantizedWeight(nn.Module):
         """Begin to quantize the input with `quantizer`, from the next training batch on; None leaves it float."""
         self.act_quantizer = quantizer
         self.act_range = None
+        self.fused_act_scale = None
         if quantizer is not None:
             scale = torch.ones((), device=self.weight.device)
             self.act_scale = nn.Parameter(scale, requires_grad=quantizer.learn_scale)
@@ -72,7 +75,7 @@ class QuantizedWeight(nn.Module):
         with torch.autocast(self.weight.device.type, enabled=False):
             self.weight.copy_(self.quantized_weight())
         added = ("weight_scale", "weight_frozen", "weight_quantizer", "fused_weight")
-        for name in (*added, "act_scale", "act_signed", "act_quantizer", "act_range"):
+        for name in (*added, "act_scale", "act_signed", "act_quantizer", "act_range", "fused_act_scale"):
             if hasattr(self, name):
                 delattr(self, name)
 
@@ -87,7 +90,7 @@ class QuantizedWeight(nn.Module):
         if isinstance(self.weight_quantizer, INQ):
             weight = torch.where(self.weight_frozen.isinf(), self.weight, self.weight_frozen)
             return weight.to(multiply_dtype(weight))
-        return self.weight_quantizer(self.weight, self.weight_scale, multiply_dtype(self.weight))
+        return self.weight_quantizer(self.weight, positive_scale(self.weight_scale), multiply_dtype(self.weight))
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The fake-quantized input; x itself where activations stay float. Differentiable in x and `act_scale`.
@@ -102,7 +105,8 @@ class QuantizedWeight(nn.Module):
                 raise RuntimeError("the first training batch decides an input's range: run one before compiling")
             self._start_act_scale(x)
             assert self.act_range is not None
-        return self.act_quantizer(x, self.act_scale, self.act_range, multiply_dtype(x))
+        scale = positive_scale(self.act_scale) if self.fused_act_scale is None else self.fused_act_scale
+        return self.act_quantizer(x, scale, self.act_range, multiply_dtype(x))
 
     @torch.no_grad()
     def _start_act_scale(self, x: Tensor) -> None:

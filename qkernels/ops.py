@@ -59,6 +59,25 @@ def _normalized(axis: int | None, x: Tensor) -> int | None:
     return axis + x.dim() if axis is not None and -x.dim() <= axis < 0 else axis
 
 
+def _calls_op() -> bool:
+    """Whether a call must reach the op with its gradient still to be recorded, as tracing and transforms need it.
+
+    Eager training goes through a Function of our own instead: for what `register_autograd` makes, PyTorch compares the
+    arguments with the schema's anew in each call, which takes several times as long as everything else.
+    """
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled()
+    )
+
+
+def _unrecorded(op: Any, *arguments: Any) -> Any:
+    """Call an op inside a Function: where no gradient is wanted, not by way of the Python code that would say so."""
+    if torch.is_grad_enabled():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def _raise_double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         "fake_quantize has no second derivative: the straight-through gradient is not a function to differentiate. "
@@ -103,8 +122,9 @@ def _fake_quantize_setup(ctx, inputs, output):
 def _fake_quantize_autograd(ctx, grad):
     x, scale, offset = ctx.saved_tensors
     _, scale_needed, offset_needed, *_ = ctx.needs_input_grad
-    grad_x, grad_scale, grad_offset = _ops.fake_quantize_backward.default(
-        grad, x, scale, offset, *ctx.arguments, scale_needed or offset_needed
+    param_grads = scale_needed or offset_needed
+    grad_x, grad_scale, grad_offset = _unrecorded(
+        _ops.fake_quantize_backward.default, grad, x, scale, offset, *ctx.arguments, param_grads
     )
     return (
         grad_x,
@@ -118,6 +138,15 @@ torch.library.register_autograd(
     "qkernels::fake_quantize", _fake_quantize_autograd, setup_context=_fake_quantize_setup, lib=_library
 )
 torch.library.register_autograd("qkernels::fake_quantize_backward", _raise_double_backward, lib=_library)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _fake_quantize_setup(ctx, inputs, None)
+        return _unrecorded(_ops.fake_quantize.default, *inputs)
+
+    backward = staticmethod(_fake_quantize_autograd)
 
 
 def _as_channels(t: Tensor, bdim: int | None, axis: int | None, batch: int) -> Tensor:
@@ -226,7 +255,8 @@ def fake_quantize(
         raise ValueError(f'fake_quantize: edge must be "lsq" or "aten", got {edge!r}')
     if not torch.compiler.is_compiling():
         _check_fake_quantize(x, scale, offset, qmin, qmax, axis, out_dtype)
-    return _ops.fake_quantize.default(x, scale, offset, qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype)
+    call = _ops.fake_quantize.default if _calls_op() else _FakeQuantize.apply
+    return call(x, scale, offset, qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype)
 
 
 # fake_quantize_multi ---------------------------------------------------------------------------------------------
@@ -298,6 +328,29 @@ torch.library.register_autograd(
 torch.library.register_autograd("qkernels::fake_quantize_multi_backward", _raise_double_backward, lib=_library)
 
 
+class _FakeQuantizeMulti(torch.autograd.Function):
+    """With xs and scales one after another, since a Function takes no gradients of lists."""
+
+    @staticmethod
+    def forward(ctx, qmins, qmaxs, axis, grad_factors, out_dtype, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.arguments = (qmins, qmaxs, axis, grad_factors)
+        layers = len(tensors) // 2
+        xs, scales = tensors[:layers], tensors[layers:]
+        return tuple(_unrecorded(_ops.fake_quantize_multi.default, xs, scales, *ctx.arguments, out_dtype))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        layers = len(grads)
+        xs, scales = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        scales_needed = ctx.needs_input_grad[-layers:]
+        grad_xs, grad_scales = _unrecorded(
+            _ops.fake_quantize_multi_backward.default, grads, xs, scales, *ctx.arguments, any(scales_needed)
+        )
+        grad_scales = [g if needed else None for g, needed in zip(grad_scales, scales_needed, strict=True)]
+        return *(None,) * 5, *grad_xs, *grad_scales
+
+
 @torch.library.register_vmap("qkernels::fake_quantize_multi", lib=_library)
 def _fake_quantize_multi_vmap(info, in_dims, xs, scales, qmins, qmaxs, axis, grad_factors, out_dtype):
     batch = info.batch_size
@@ -342,9 +395,10 @@ def fake_quantize_multi(
     grad_factors = [1.0] * len(xs) if grad_factors is None else [float(g) for g in grad_factors]
     if not torch.compiler.is_compiling():
         _check_fake_quantize_multi(xs, scales, qmins, qmaxs, axis, grad_factors)
-    return _ops.fake_quantize_multi.default(
-        list(xs), list(scales), list(qmins), list(qmaxs), axis, grad_factors, out_dtype
-    )
+    arguments = (list(qmins), list(qmaxs), axis, grad_factors, out_dtype)
+    if _calls_op():
+        return _ops.fake_quantize_multi.default(list(xs), list(scales), *arguments)
+    return list(_FakeQuantizeMulti.apply(*arguments, *xs, *scales))
 
 
 # mean_abs --------------------------------------------------------------------------------------------------------

@@ -95,8 +95,8 @@ class LSQ:
         return init_scale(weight, self.range[1], self.axis).to(weight.dtype)
 
     def __call__(self, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Fake-quantized weight; `scale` is the layer's parameter as it is."""
-        return fake_quantize(weight, positive_scale(scale), *self.range, self.axis, self.grad_factor(weight), out_dtype)
+        """Fake-quantized weight; `scale` as `positive_scale` gives it."""
+        return fake_quantize(weight, scale, *self.range, self.axis, self.grad_factor(weight), out_dtype)
 
 
 @dataclass(frozen=True)
@@ -163,11 +163,11 @@ class ActivationLSQ:
     def __call__(
         self, x: Tensor, scale: Tensor, range: tuple[int, int], out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Fake-quantized x, [N, ...]; `scale` is the layer's parameter as it is, `range` its (qmin, qmax).
+        """Fake-quantized x, [N, ...]; `scale` as `positive_scale` gives it, `range` its (qmin, qmax).
 
         The gradient factor is 1 / sqrt(qmax * features), with the features of one sample: neither the size of a batch
         nor its split over processes changes the scale's gradient.
         """
         qmin, qmax = range
         features = max(math.prod(x.shape[1:]), 1)
-        return fake_quantize(x, positive_scale(scale), qmin, qmax, None, 1 / math.sqrt(qmax * features), out_dtype)
+        return fake_quantize(x, scale, qmin, qmax, None, 1 / math.sqrt(qmax * features), out_dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels.convert import quantized_layers
-from qkernels.quantizers import ActivationLSQ
+from qkernels.quantizers import ActivationLSQ, positive_scale
 from qtdog.config import MeasureConfig
 from qtdog.data import DomainSet
 from qtdog.data.loaders import EvaluationImages, Part, fits_in_memory
@@ -117,8 +117,8 @@ def plain_(model: nn.Module) -> nn.Module:
 
 def input_rounding(quantizer: ActivationLSQ, scale: Tensor, codes: tuple[int, int]) -> Callable[..., Tensor]:
     """A forward pre-hook that quantizes a layer's input as `quantizer` does, and may be differentiated twice."""
-    scale = scale.detach()
-    least, greatest = (code * scale.abs().item() for code in codes)
+    scale = positive_scale(scale.detach())
+    least, greatest = (code * scale.item() for code in codes)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         inside = args[0].clamp(least, greatest)

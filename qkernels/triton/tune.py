@@ -1,5 +1,5 @@
-"""`python -m qkernels.triton.tune` times packed convolutions on the GPU at hand and prints the entries that
-`tuning._MEASURED` should have for it. Most of the time goes into compiling, a dozen tiles for each kind of shape, so
+"""`python -m qkernels.triton.tune` times packed convolutions on the GPU at hand and writes its file of tiles/, which
+`tuning.measured` reads. Most of the time goes into compiling, a dozen tiles for each kind of shape, so
 that is done by many processes; then one alone times what they left in Triton's cache."""
 
 import argparse
@@ -16,7 +16,6 @@ from torch import nn
 
 from ..packed_ops import Geometry, packed_bytes, packed_conv2d, packed_conv2d_int8
 from . import tuning
-from .launch import capability_of
 
 MODELS = ("resnet50", "tf_efficientnet_lite0")
 BATCHES = (1, 8, 64)
@@ -63,7 +62,7 @@ def run(shape: tuple[int, ...], channels: int, geometry: Geometry, batch: int, d
 
 def forget_tiles() -> None:
     """So that every shape is tuned, as on a device without a table."""
-    tuning._MEASURED.clear()
+    tuning.measured = lambda capability: None  # type: ignore[assignment]
     tuning._tuned[torch.device("cuda", torch.cuda.current_device())] = {}
 
 
@@ -79,11 +78,9 @@ def only_compile() -> None:
     os.environ["XDG_CACHE_HOME"] = os.devnull
 
 
-def entries() -> str:
-    """The tiles found so far, as `tuning._MEASURED` has them."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    tiles = [f'    "{key}": {tile},\n' for key, tile in sorted(tuning._tuned[device].items())]
-    return f"{capability_of(device)}: {{\n{''.join(tiles)}}},\n"
+def found() -> dict[str, tuning.Tile]:
+    """Bucket's key -> tile, so far."""
+    return tuning._tuned[torch.device("cuda", torch.cuda.current_device())]
 
 
 def parsed() -> argparse.Namespace:
@@ -93,7 +90,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further shapes after so many seconds")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="a file for the entries, rewritten whenever there are more")
+    parser.add_argument("--out", type=Path, help="the file, rewritten whenever there are more (default: of this GPU)")
     parser.add_argument("--list", action="store_true", help="print the shapes in their order and stop")
     return parser.parse_args()
 
@@ -106,6 +103,8 @@ def main() -> None:
         print(*todo, sep="\n")
         return
     forget_tiles()
+    major, minor = torch.cuda.get_device_capability()
+    out = arguments.out or Path(tuning.__file__).parent / "tiles" / f"sm_{major}{minor}.json"
     with ProcessPoolExecutor(arguments.processes, get_context("spawn"), only_compile) as pool:
         for begin in range(0, len(todo), arguments.processes):
             if arguments.limit and time.monotonic() - start > arguments.limit:
@@ -115,9 +114,8 @@ def main() -> None:
             list(pool.map(run, *zip(*some, strict=True)))
             for convolution in some:
                 run(*convolution)
-            if arguments.out is not None:
-                arguments.out.write_text(entries())
-    print(entries(), end="")
+            tuning.write_tiles(out, tuning.read_tiles(out) | found())
+    print(f"wrote {len(found())} tiles to {out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How the convolutions are cut into tiles, for each shape and device.
 
-Shapes are bucketed by powers of two. On a GPU of `_MEASURED` a bucket that is not in its table follows `by_rule`; on
-any other GPU the first use of a bucket times a few candidates and remembers the fastest, in memory and in a file of the
-user's cache folder. `python -m qkernels.triton.tune` prints entries for the table.
+Shapes are bucketed by powers of two. tiles/ has what was measured, a file a kind of GPU; a bucket that is not in its
+GPU's file follows `by_rule`. On any other GPU the first use of a bucket times a few candidates and remembers the
+fastest, in memory and in a file of the user's cache folder. `python -m qkernels.triton.tune` measures such a file.
 """
 
 import json
@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +38,7 @@ class Tile(NamedTuple):
 class Bucket:
     """What a choice depends on: the type of the product, and the sizes of the problem, rounded up to powers of two.
 
-    depth_per_tap: the largest power of two that divides it, up to 64: no larger tile of depth stays within a tap.
+    depth_per_tap: the largest power of two that divides it, up to 128: no larger tile of depth stays within a tap.
     batch: members times groups.
     """
 
@@ -55,7 +56,7 @@ class Bucket:
             next_power_of_2(channels),
             next_power_of_2(pixels),
             next_power_of_2(depth),
-            math.gcd(64, depth_per_tap),
+            math.gcd(128, depth_per_tap),
             next_power_of_2(batch),
         )
 
@@ -64,8 +65,12 @@ class Bucket:
         return "-".join(map(str, astuple(self)))
 
 
-# Capability -> bucket's key -> tile. NOT YET MEASURED ON A GPU: the rule alone serves both.
-_MEASURED: dict[tuple[int, int] | None, dict[str, Tile]] = {(8, 0): {}, (9, 0): {}}
+@cache
+def measured(capability: tuple[int, int]) -> dict[str, Tile] | None:
+    """Bucket's key -> the fastest tile on GPUs of a compute capability; None for those that nobody measured."""
+    major, minor = capability
+    file = Path(__file__).parent / "tiles" / f"sm_{major}{minor}.json"
+    return read_tiles(file) if file.exists() else None
 
 
 @cache
@@ -74,7 +79,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def by_rule(bucket: Bucket, device: torch.device) -> Tile:
-    """A choice by reasoning, NOT YET MEASURED ON A GPU.
+    """A choice by reasoning.
 
     Wide tiles use what they load often, as far as registers go: float32 keeps two parts of x, and odd channels many
     addresses. Where wide tiles leave multiprocessors idle, narrower ones, then splits of the sum.
@@ -101,15 +106,19 @@ def by_rule(bucket: Bucket, device: torch.device) -> Tile:
 def candidates(bucket: Bucket, device: torch.device) -> list[Tile]:
     """A short list around the rule's choice, which comes first."""
     rule = by_rule(bucket, device)
-    tiles = [rule]
-    for channels, pixels, num_warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (64, 32, 4)):
+    tiles = [rule, rule._replace(splits=1)]
+    shapes = [(128, 128, 8), (128, 128, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4), (64, 32, 4)]
+    if bucket.dot != "fp32":  # which has no registers left
+        shapes += [(64, 256, 4), (128, 256, 8)]
+    deep = bucket.depth_per_tap if bucket.dot == "int8" else min(bucket.depth_per_tap, 64)
+    for channels, pixels, num_warps in shapes:
         if pixels <= max(32, bucket.pixels) and channels <= max(64, bucket.channels):
             tile = rule._replace(channels=channels, pixels=pixels, num_warps=num_warps)
-            tiles += [tile, tile._replace(num_stages=4), tile._replace(num_stages=2, splits=1)]
+            tiles += [tile, tile._replace(num_stages=4)]
+            if deep > rule.depth:
+                tiles.append(tile._replace(depth=deep))
     if 2 * rule.splits * rule.depth <= bucket.depth:
         tiles.append(rule._replace(splits=2 * rule.splits))
-    if rule.depth < bucket.depth_per_tap:
-        tiles.append(rule._replace(depth=bucket.depth_per_tap))
     return list(dict.fromkeys(tiles))
 
 
@@ -146,14 +155,11 @@ def read_tiles(file: Path) -> dict[str, Tile]:
 
 
 def write_tiles(file: Path, tiles: dict[str, Tile]) -> None:
-    """Replace the file as a whole, so that no reader sees half of it. A folder that cannot be written is no error."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as temporary:
-            json.dump({key: tile._asdict() for key, tile in tiles.items()}, temporary, indent=1)
-        os.replace(temporary.name, file)
-    except OSError:
-        pass
+    """Replace the file as a whole, so that no reader sees half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as temporary:
+        json.dump({key: tile._asdict() for key, tile in sorted(tiles.items())}, temporary, indent=1)
+    os.replace(temporary.name, file)
 
 
 _tuned: dict[torch.device, dict[str, Tile]] = {}
@@ -162,8 +168,9 @@ _tuned: dict[torch.device, dict[str, Tile]] = {}
 def tile_of(bucket: Bucket, device: torch.device, run: Callable[[Tile], object]) -> Tile:
     """The tile for a bucket; `run` launches the problem at hand with a given one, to be timed."""
     capability = capability_of(device)
-    if capability is None or capability in _MEASURED:
-        return _MEASURED.get(capability, {}).get(bucket.key) or by_rule(bucket, device)
+    known = {} if capability is None else measured(capability)  # None: Triton's interpreter
+    if known is not None:
+        return known.get(bucket.key) or by_rule(bucket, device)
     if device not in _tuned:
         _tuned[device] = read_tiles(_cache_file(device))
     tiles = _tuned[device]
@@ -171,5 +178,6 @@ def tile_of(bucket: Bucket, device: torch.device, run: Callable[[Tile], object])
         if torch.cuda.is_current_stream_capturing():
             return by_rule(bucket, device)
         tiles[bucket.key] = fastest(bucket, device, run)
-        write_tiles(_cache_file(device), read_tiles(_cache_file(device)) | tiles)
+        with suppress(OSError):  # a folder that cannot be written
+            write_tiles(_cache_file(device), read_tiles(_cache_file(device)) | tiles)
     return tiles[bucket.key]

@@ -1,16 +1,17 @@
 """`.ci/gpu`: its runs fit their time, name what exists, and go on after a part that fails or takes too long."""
 
-import argparse
 import importlib.util
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from qkernels import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / ".ci" / "gpu").exists(), reason="no .ci beside these tests")
@@ -48,7 +49,7 @@ def test_an_unknown_run_is_an_error_that_names_those_there_are():
 
 @pytest.mark.slow
 def test_files_and_benchmarks_that_are_named_exist(queue):
-    asked = argparse.Namespace(device="cuda", threads=1, seconds=0.1, full=True, slow="^$")
+    asked = Namespace(device="cuda", threads=1, seconds=0.1, full=True, slow="^$")
     found = benchmarks.collect(asked, "").parameters
     names = [f"{name}[{parameters}]" for name in found for parameters in found[name]]
     for part in (part for run in queue.RUNS.values() for part in run()):
@@ -79,6 +80,23 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(queue, monkeypatch,
 
     monkeypatch.setattr(queue, "RUNS", {"1": lambda: parts[2:]})
     assert queue.run("1", rehearse=False)
+
+
+def test_what_is_not_served_is_named(queue, monkeypatch):
+    """The script that tells whether a build is needed."""
+
+    def answer(*rows):
+        monkeypatch.setattr(backends, "report", lambda: rows)
+        with pytest.raises(SystemExit) as stopped:
+            exec(queue.SERVED, {})
+        return stopped.value.code or 0
+
+    def row(device, backend, op="pack"):
+        return Namespace(op=op, device=device, backend=backend, reason="why")
+
+    assert answer(row("cpu", "cpp"), row("cuda", "cuda"), row("other", "reference")) == 0
+    assert answer(row("cpu", "reference"), row("cuda", "cuda")) == "pack on cpu: why"
+    assert answer(row("cuda", "triton", "packed_conv2d"), row("cuda", "triton")) == "pack on cuda: why"
 
 
 def test_libraries_that_do_not_load_are_built(queue, monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ def seconds(tile: Tile) -> float:
 
 
 def test_sizes_are_bucketed():
-    assert Bucket("int8", 256, 64, 8192, 64, 8) == BUCKET == Bucket.of("int8", 129, 64, 4097, 64, 8)
+    assert Bucket("int8", 256, 64, 8192, 128, 8) == BUCKET == Bucket.of("int8", 129, 64, 4097, 128, 8)
     assert Bucket.of("int8", 200, 49, 4608, 96, 5) != BUCKET
 
 
@@ -81,12 +81,18 @@ def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch, device):
     assert not device.exists()
 
 
-@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0)])
-def test_known_devices_and_the_interpreter_are_not_tuned(monkeypatch, capability):
-    monkeypatch.setattr(tuning, "capability_of", lambda device: capability)
-    assert tuning.tile_of(BUCKET, DEVICE, pytest.fail) == tuning.by_rule(BUCKET, DEVICE)
-    monkeypatch.setattr(tuning, "_MEASURED", {capability: {BUCKET.key: Tile(64, 32, 64, 4, 2, 9)}})
-    assert tuning.tile_of(BUCKET, DEVICE, pytest.fail) == Tile(64, 32, 64, 4, 2, 9)
+def test_known_devices_and_the_interpreter_are_not_tuned(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    tuning.measured.cache_clear()
+    known = Tile(64, 32, 64, 4, 2, 9)
+    tuning.write_tiles(tmp_path / "tiles" / "sm_99.json", {BUCKET.key: known})
+    rule = tuning.by_rule(BUCKET, DEVICE)
+    for capability, tile in ((None, rule), ((9, 9), known)):
+        monkeypatch.setattr(tuning, "capability_of", lambda device, capability=capability: capability)
+        assert tuning.tile_of(BUCKET, DEVICE, pytest.fail) == tile
+    other = Bucket.of("int8", 5000, 49, 4608, 512, 5)
+    assert tuning.tile_of(other, DEVICE, pytest.fail) == tuning.by_rule(other, DEVICE)
+    tuning.measured.cache_clear()
 
 
 @pytest.mark.parametrize("dot", ["int8", "fp16", "bf16", "fp32"])

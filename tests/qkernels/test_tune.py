@@ -42,8 +42,8 @@ def ran(monkeypatch):
         now[0] += 1
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tune, "capability_of", lambda device: (9, 0))
-    monkeypatch.setattr(tuning, "_MEASURED", {(9, 0): {"a": TILE}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 9))
+    monkeypatch.setattr(tuning, "measured", lambda capability: {"a": TILE})
     monkeypatch.setattr(tuning, "_tuned", {})
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(tune, "run", run)
@@ -60,19 +60,24 @@ def tuned(monkeypatch, *options):
 
 
 def test_what_is_compiled_together_is_timed_next(monkeypatch, ran, capsys, tmp_path):
-    tuned(monkeypatch, "--out", str(tmp_path / "tiles.txt"))
+    file = tmp_path / "tiles.json"
+    tuning.write_tiles(file, {"earlier": TILE})
+    tuned(monkeypatch, "--out", str(file))
     assert [kind for kind, *_ in ran] == ["compile"] * 2 + ["time"] * 2 + ["compile", "time"]
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[0] == "(9, 0): {" and printed.count("Tile(channels=64, pixels=32") == 3
-    assert printed == (tmp_path / "tiles.txt").read_text()
-    table = eval("{" + printed + "}", {"Tile": Tile})
-    assert set(table[9, 0].values()) == {TILE}
+    assert capsys.readouterr().out == f"wrote 3 tiles to {file}\n"
+    tiles = tuning.read_tiles(file)
+    assert len(tiles) == 4 and set(tiles.values()) == {TILE} and list(tiles) == sorted(tiles)
 
 
-def test_the_limit_leaves_what_was_found(monkeypatch, ran, capsys):
-    tuned(monkeypatch, "--limit", "1")
-    printed = capsys.readouterr().out
-    assert "stopped after 2 of 3 shapes" in printed and printed.count("Tile(") == 2
+def test_the_limit_leaves_what_was_found(monkeypatch, ran, capsys, tmp_path):
+    tuned(monkeypatch, "--limit", "1", "--out", str(tmp_path / "tiles.json"))
+    assert "stopped after 2 of 3 shapes" in capsys.readouterr().out
+    assert len(tuning.read_tiles(tmp_path / "tiles.json")) == 2
+
+
+def test_a_file_that_cannot_be_written_is_an_error(monkeypatch, ran):
+    with pytest.raises(OSError, match="/dev/null"):
+        tuned(monkeypatch, "--out", "/dev/null/tiles.json")
 
 
 def test_a_process_that_compiles_launches_once_and_keeps_nothing(monkeypatch, ran):
@@ -81,4 +86,4 @@ def test_a_process_that_compiles_launches_once_and_keeps_nothing(monkeypatch, ra
     tune.only_compile()
     launches = []
     assert tuning.milliseconds(lambda: launches.append(1)) == 0 and launches == [1]
-    assert tuning._MEASURED == {} and os.environ["XDG_CACHE_HOME"] == os.devnull
+    assert tuning.measured((9, 0)) is None and os.environ["XDG_CACHE_HOME"] == os.devnull
