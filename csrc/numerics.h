@@ -30,6 +30,18 @@ QK_INLINE float divide(float a, float b) {
 #endif
 }
 
+// a / scale; the scale is valid or NaN. A GPU's division has a slow path for rare operands and counts 0 among them, which
+// behind a ReLU is every other activation: there scale / scale takes its place.
+QK_INLINE float divide_by_scale(float a, float scale) {
+#if defined(__CUDACC__) || defined(QK_EMULATED)
+  const bool zero = a == 0.0f;
+  const float quotient = divide(zero ? scale : a, scale);
+  return zero ? a * scale : quotient;
+#else
+  return divide(a, scale);
+#endif
+}
+
 QK_INLINE float multiply_add_unfused(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
   return __fadd_rn(__fmul_rn(a, b), c);
@@ -56,7 +68,7 @@ QK_INLINE float clamp(float v, float low, float high) {
 struct Quantizer {
   float scale, offset, qmin, qmax;
 
-  QK_INLINE float grid(float x) const { return divide(x - offset, scale); }
+  QK_INLINE float grid(float x) const { return divide_by_scale(x - offset, scale); }
   QK_INLINE float code(float v) const { return round_half_even(clamp(v, qmin, qmax)); }
   QK_INLINE float fake_quantize(float x) const { return multiply_add_unfused(code(grid(x)), scale, offset); }
 };

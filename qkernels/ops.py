@@ -65,9 +65,7 @@ def _calls_op() -> bool:
     Eager training goes through a Function of our own instead: for what `register_autograd` makes, PyTorch compares the
     arguments with the schema's anew in each call, which takes several times as long as everything else.
     """
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled()
-    )
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled()
 
 
 def _unrecorded(op: Any, *arguments: Any) -> Any:

@@ -1,5 +1,4 @@
 // qkernels::pack, unpack, quantize and dequantize_packed on CUDA devices. Their definition is qkernels/reference.py.
-// Not yet run on a GPU.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

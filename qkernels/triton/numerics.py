@@ -20,10 +20,14 @@ def valid_scale(scale):
 
 @triton.jit
 def grid(x, scale, offset):
-    """v = (x - offset) / scale; `offset` is None where the grid has none."""
+    """v = (x - offset) / scale; `offset` is None where the grid has none.
+
+    A GPU's division has a slow path for rare operands and counts 0 among them, which behind a ReLU is every other
+    activation: there scale / scale takes its place.
+    """
     if offset is not None:
         x = x - offset
-    return tl.div_rn(x, scale)
+    return tl.where(x == 0, x * scale, tl.div_rn(tl.where(x == 0, scale, x), scale))
 
 
 @triton.jit

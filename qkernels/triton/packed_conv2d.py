@@ -1,7 +1,4 @@
-"""`packed_conv2d`, `packed_conv2d_int8` and `packed_gemv`: which kernel serves a layer, and how it is launched.
-
-None of these kernels has run on a GPU yet.
-"""
+"""`packed_conv2d`, `packed_conv2d_int8` and `packed_gemv`: which kernel serves a layer, and how it is launched."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`pack`, `unpack`, `quantize`, `dequantize_packed`: one pass over the data each. Not yet run on a GPU."""
+"""`pack`, `unpack`, `quantize`, `dequantize_packed`: one pass over the data each."""
 
 import torch
 import triton

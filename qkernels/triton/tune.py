@@ -1,16 +1,20 @@
 """`python -m qkernels.triton.tune` times packed convolutions on the GPU at hand and writes its file of tiles/, which
-`tuning.measured` reads. Most of the time goes into compiling, a dozen tiles for each kind of shape, so
-that is done by many processes; then one alone times what they left in Triton's cache."""
+`tuning.measured` reads. Most of the time goes into compiling, so many processes do that, each its share of the tiles:
+no two compile the same. Then one alone times what they left in Triton's cache."""
 
 import argparse
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from itertools import chain, repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+import triton
 from timm import create_model
 from torch import nn
 
@@ -66,16 +70,25 @@ def forget_tiles() -> None:
     tuning._tuned[torch.device("cuda", torch.cuda.current_device())] = {}
 
 
-def only_compile() -> None:
-    """In this process a tile is launched once where it would be timed, and no choice is kept."""
+class _Compiled(Exception):
+    """Ends a convolution of which only the tiles were wanted."""
 
-    def launched(run: Callable[[], object]) -> float:
-        run()
-        return 0.0
+
+def compile_share(share: int, shares: int, convolutions: list[tuple[Any, ...]]) -> None:
+    """Launch all convolutions in this process, each with the tiles of one share, to have these compiled."""
+
+    def launch(bucket: tuning.Bucket, device: torch.device, run: Callable[[tuning.Tile], object]) -> tuning.Tile:
+        for tile in tuning.candidates(bucket, device):
+            if hash(tile[:5]) % shares == share:  # without the splits, which are no constant of a kernel
+                with suppress(triton.OutOfResources):
+                    run(tile)
+        raise _Compiled
 
     forget_tiles()
-    tuning.milliseconds = launched
-    os.environ["XDG_CACHE_HOME"] = os.devnull
+    tuning.fastest = launch
+    for convolution in convolutions:
+        with suppress(_Compiled):
+            run(*convolution)
 
 
 def found() -> dict[str, tuning.Tile]:
@@ -88,7 +101,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=MODELS, help="of timm (default: %(default)s)")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="images (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further shapes after so many seconds")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="time no further convolution after so many")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the file, rewritten whenever there are more (default: of this GPU)")
     parser.add_argument("--list", action="store_true", help="print the shapes in their order and stop")
@@ -98,23 +111,23 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     start, arguments = time.monotonic(), parsed()
     shapes = sorted(set().union(*map(layers, arguments.models)), key=str)
-    todo = [(*shape, b, DTYPES[d]) for d in arguments.dtypes for b in arguments.batches for shape in shapes]
+    todo = {d: [(*shape, b, DTYPES[d]) for b in arguments.batches for shape in shapes] for d in arguments.dtypes}
     if arguments.list:
-        print(*todo, sep="\n")
+        print(*chain(*todo.values()), sep="\n")
         return
     forget_tiles()
     major, minor = torch.cuda.get_device_capability()
     out = arguments.out or Path(tuning.__file__).parent / "tiles" / f"sm_{major}{minor}.json"
-    with ProcessPoolExecutor(arguments.processes, get_context("spawn"), only_compile) as pool:
-        for begin in range(0, len(todo), arguments.processes):
-            if arguments.limit and time.monotonic() - start > arguments.limit:
-                print(f"stopped after {begin} of {len(todo)} shapes")
-                break
-            some = todo[begin : begin + arguments.processes]
-            list(pool.map(run, *zip(*some, strict=True)))
-            for convolution in some:
+    shares = arguments.processes
+    with ProcessPoolExecutor(shares, get_context("spawn")) as pool:
+        for dtype, convolutions in todo.items():
+            list(pool.map(compile_share, range(shares), repeat(shares), repeat(convolutions)))
+            for number, convolution in enumerate(convolutions):
+                if arguments.limit and time.monotonic() - start > arguments.limit:
+                    print(f"stopped after {number} of {len(convolutions)} convolutions in {dtype}")
+                    return
                 run(*convolution)
-            tuning.write_tiles(out, tuning.read_tiles(out) | found())
+                tuning.write_tiles(out, tuning.read_tiles(out) | found())
     print(f"wrote {len(found())} tiles to {out}")
 
 

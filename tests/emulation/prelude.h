@@ -1,6 +1,8 @@
 // Included before every file of csrc/cuda: makes its ops those of CPU tensors, in a namespace beside the real one.
 #pragma once
 
+#define QK_EMULATED  // for what csrc/numerics.h does on GPUs alone
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,6 +1,5 @@
 """`python -m qkernels.triton.tune`: many processes compile, one times, and what it has is written whenever it stops."""
 
-import os
 import sys
 
 import pytest
@@ -18,14 +17,14 @@ TILE = Tile(64, 32, 64, 4, 3)
 
 @pytest.fixture
 def ran(monkeypatch):
-    """What is launched, in order: ("compile" or "time", shape, batch). Every launch finds a tile."""
+    """What is launched, in order: ("compile", share) or ("time", shape). Every launch finds a tile."""
     launches, now = [], [0.0]
 
     class Pool:
         """Runs in this process what others would compile."""
 
-        def __init__(self, processes, context, prepare):
-            assert prepare is tune.only_compile
+        def __init__(self, processes, context):
+            pass
 
         def __enter__(self):
             return self
@@ -33,8 +32,10 @@ def ran(monkeypatch):
         def __exit__(self, *_):
             pass
 
-        def map(self, run, *columns):
-            return [launches.append(("compile", shape, batch)) for shape, _, _, batch, _ in zip(*columns, strict=True)]
+        def map(self, compile_share, shares, of, convolutions):
+            assert compile_share is tune.compile_share
+            todo = next(convolutions)
+            return [launches.append(("compile", f"{share + 1} of {next(of)}", len(todo))) for share in shares]
 
     def run(shape, channels, geometry, batch, dtype):
         launches.append(("time", shape, batch))
@@ -59,11 +60,12 @@ def tuned(monkeypatch, *options):
     tune.main()
 
 
-def test_what_is_compiled_together_is_timed_next(monkeypatch, ran, capsys, tmp_path):
+def test_what_was_compiled_is_timed(monkeypatch, ran, capsys, tmp_path):
     file = tmp_path / "tiles.json"
     tuning.write_tiles(file, {"earlier": TILE})
     tuned(monkeypatch, "--out", str(file))
-    assert [kind for kind, *_ in ran] == ["compile"] * 2 + ["time"] * 2 + ["compile", "time"]
+    assert ran[:2] == [("compile", "1 of 2", 3), ("compile", "2 of 2", 3)]
+    assert ran[2:] == [("time", (n, 1, 1), 1) for n in (1, 2, 3)]
     assert capsys.readouterr().out == f"wrote 3 tiles to {file}\n"
     tiles = tuning.read_tiles(file)
     assert len(tiles) == 4 and set(tiles.values()) == {TILE} and list(tiles) == sorted(tiles)
@@ -71,7 +73,7 @@ def test_what_is_compiled_together_is_timed_next(monkeypatch, ran, capsys, tmp_p
 
 def test_the_limit_leaves_what_was_found(monkeypatch, ran, capsys, tmp_path):
     tuned(monkeypatch, "--limit", "1", "--out", str(tmp_path / "tiles.json"))
-    assert "stopped after 2 of 3 shapes" in capsys.readouterr().out
+    assert "stopped after 2 of 3 convolutions in int8" in capsys.readouterr().out
     assert len(tuning.read_tiles(tmp_path / "tiles.json")) == 2
 
 
@@ -80,10 +82,21 @@ def test_a_file_that_cannot_be_written_is_an_error(monkeypatch, ran):
         tuned(monkeypatch, "--out", "/dev/null/tiles.json")
 
 
-def test_a_process_that_compiles_launches_once_and_keeps_nothing(monkeypatch, ran):
-    monkeypatch.setattr(tuning, "milliseconds", tuning.milliseconds)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    tune.only_compile()
-    launches = []
-    assert tuning.milliseconds(lambda: launches.append(1)) == 0 and launches == [1]
-    assert tuning.measured((9, 0)) is None and os.environ["XDG_CACHE_HOME"] == os.devnull
+def test_processes_share_the_tiles(monkeypatch, ran):
+    """Each is compiled by one of them, for every convolution; those that do not fit the GPU are passed over."""
+    monkeypatch.setattr(tuning, "_multiprocessors", lambda device: 132)
+    bucket = tuning.Bucket.of("int8", 200, 49, 4608, 512, 5)
+    tiles = tuning.candidates(bucket, DEVICE)
+    launched = []
+
+    def launch(convolution, tile):
+        launched.append((convolution, tile))
+        if tile == tiles[0]:
+            raise tune.triton.OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr(tuning, "fastest", tuning.fastest)
+    monkeypatch.setattr(tune, "run", lambda c: tuning.fastest(bucket, DEVICE, lambda tile: launch(c, tile)))
+    for share in range(3):
+        tune.compile_share(share, 3, [("a",), ("b",)])
+        assert tuning.measured((9, 0)) is None
+    assert sorted(launched) == sorted((c, tile) for c in "ab" for tile in tiles)
