@@ -31,12 +31,12 @@ QK_INLINE float divide(float a, float b) {
 }
 
 // a / scale; the scale is valid or NaN. A GPU's division has a slow path for rare operands and counts 0 among them, which
-// behind a ReLU is every other activation: there scale / scale takes its place.
+// behind a ReLU is every other activation: there scale / scale takes its place, and 1 - 1 (or NaN - NaN) is the result.
 QK_INLINE float divide_by_scale(float a, float scale) {
 #if defined(__CUDACC__) || defined(QK_EMULATED)
   const bool zero = a == 0.0f;
   const float quotient = divide(zero ? scale : a, scale);
-  return zero ? a * scale : quotient;
+  return zero ? quotient - quotient : quotient;
 #else
   return divide(a, scale);
 #endif

@@ -23,11 +23,12 @@ def grid(x, scale, offset):
     """v = (x - offset) / scale; `offset` is None where the grid has none.
 
     A GPU's division has a slow path for rare operands and counts 0 among them, which behind a ReLU is every other
-    activation: there scale / scale takes its place.
+    activation: there scale / scale takes its place, and 1 - 1 (or NaN - NaN) is the result.
     """
     if offset is not None:
         x = x - offset
-    return tl.where(x == 0, x * scale, tl.div_rn(tl.where(x == 0, scale, x), scale))
+    v = tl.div_rn(tl.where(x == 0, scale, x), scale)
+    return tl.where(x == 0, v - v, v)
 
 
 @triton.jit
