@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One architecture is enough here, that of this machine's GPU; wheels take setup.py's list.
 WHEEL_ARCHS := $(TORCH_CUDA_ARCH_LIST)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),9.0)
-SOURCES := setup.py pyproject.toml qkernels/schemas.py $(shell find csrc build_support -type f -not -name "*.pyc")
+SOURCES := setup.py pyproject.toml qkernels/ops/schemas.py $(shell find csrc build_support -type f -not -name "*.pyc")
 
 .PHONY: demo check quick test nightly lint bench wheel clean
 

@@ -205,8 +205,8 @@ class OneForEveryPython(bdist_wheel):
 
 
 def schema_definitions() -> str:
-    """The ops of qkernels/schemas.py as csrc/schemas.cpp defines them."""
-    schemas = runpy.run_path(str(ROOT / "qkernels" / "schemas.py"))["SCHEMAS"]
+    """The ops of qkernels/ops/schemas.py as csrc/schemas.cpp defines them."""
+    schemas = runpy.run_path(str(ROOT / "qkernels" / "ops" / "schemas.py"))["SCHEMAS"]
     return "".join(f'm.def("{name}{schema}");\n' for name, schema in schemas.items())
 
 

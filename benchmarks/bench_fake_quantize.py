@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import reference
-from qkernels.quantizers import code_range
+from qkernels.ops import reference
+from qkernels.quantize.quantizers import code_range
 
 from . import peers
 from .contest import Contest, Work

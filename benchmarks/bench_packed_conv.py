@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qkernels import backends, packed_ops, reference
-from qkernels.packed_ops import Geometry
+from qkernels import backends
+from qkernels.ops import packed_conv2d as packed_ops
+from qkernels.ops import reference
+from qkernels.ops.packed_conv2d import Geometry
 
 from . import peers
 from .contest import Absent, Contest, Work

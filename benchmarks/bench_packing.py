@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels import packed_ops, reference
+from qkernels.ops import packed_conv2d as packed_ops
+from qkernels.ops import reference
 
 from .contest import Contest
 

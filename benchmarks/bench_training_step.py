@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qkernels as qk
-from qtdog import steps
+from qtdog.methods import steps
 
 from . import peers
 from .contest import Contest, Work

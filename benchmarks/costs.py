@@ -1,7 +1,7 @@
 """Bytes and operations of each op: the least that any implementation must move and compute.
 
 Bytes are those of all tensors that go in and come out, each once. Operations are counted per element as the formulas of
-`qkernels/reference.py` have them; a multiplication with its addition counts as two.
+`qkernels/ops/reference.py` have them; a multiplication with its addition counts as two.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qkernels.packed_ops import Geometry
-from qkernels.reference import _plane_widths
+from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.reference import _plane_widths
 
 QUANTIZE = 4  # divide, clamp from below and above, round
 FAKE_QUANTIZE = QUANTIZE + 1  # and multiply by the scale

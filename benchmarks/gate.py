@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels import packed_ops
-from qkernels.packed_ops import Geometry
-from qkernels.quantizers import code_range
+from qkernels.ops import packed_conv2d as packed_ops
+from qkernels.ops.packed_conv2d import Geometry
+from qkernels.quantize.quantizers import code_range
 
 from . import machine, peers
 from .timing import quartiles, seconds_of

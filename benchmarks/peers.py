@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import qkernels as qk
 from qkernels import backends
-from qkernels.quantizers import code_range
+from qkernels.quantize.quantizers import code_range
 
 from .contest import Absent
 from .machine import version_of

@@ -3,5 +3,5 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(qkernels, m) {
-#include "schemas.inc"  // m.def("..."); for each op of qkernels/schemas.py, written by setup.py
+#include "schemas.inc"  // m.def("..."); for each op of qkernels/ops/schemas.py, written by setup.py
 }

@@ -1,7 +1,11 @@
 """Fused kernels for quantization-aware training and packed low-bit inference."""
 
 from . import backends
-from .convert import (
+from .ops.fake_quantize import fake_quantize, fake_quantize_multi, mean_abs
+from .ops.packed_conv2d import pack, unpack
+from .packed.ensemble import PackedEnsemble
+from .packed.layers import PackedConv2d, PackedLinear
+from .quantize.convert import (
     QConfig,
     QuantizationReport,
     add_scales_,
@@ -14,12 +18,8 @@ from .convert import (
     register_layer,
     snap_,
 )
-from .inference import PackedEnsemble
-from .layers import QConv2d, QLinear
-from .ops import fake_quantize, fake_quantize_multi, mean_abs
-from .packed_layers import PackedConv2d, PackedLinear
-from .packed_ops import pack, unpack
-from .quantizers import init_scale
+from .quantize.layers import QConv2d, QLinear
+from .quantize.quantizers import init_scale
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import backends, library
+from . import backends
+from .ops import library
 
 
 def _version(package: str) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import library, reference
-from .schemas import SCHEMAS
+from .ops import library, reference
+from .ops.schemas import SCHEMAS
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 TRITON_MODULES = {  # the file of qkernels/triton that holds each op

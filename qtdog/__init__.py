@@ -8,6 +8,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from qkernels import __version__
 from qtdog.errors import UserError
-from qtdog.runs import load_model
+from qtdog.results.runs import load_model
 
 __all__ = ["UserError", "__version__", "load_model"]

@@ -12,6 +12,10 @@ import jsonargparse
 import torch
 
 import qkernels as qk
+from qtdog.analysis.curvature import measure_curvature
+from qtdog.analysis.diagnostics import diagnose
+from qtdog.analysis.flatness import measure_flatness
+from qtdog.analysis.landscape import measure_landscape
 from qtdog.config import (
     CollectConfig,
     CurvatureConfig,
@@ -26,19 +30,15 @@ from qtdog.config import (
     TrainConfig,
     VerifyConfig,
 )
-from qtdog.curvature import measure_curvature
 from qtdog.data.verify import verify
 from qtdog.demo import run_demo
-from qtdog.deploy import evaluate_file, predict
-from qtdog.diagnostics import diagnose
-from qtdog.ensemble import make_ensembles
+from qtdog.deployment.ensemble import make_ensembles
+from qtdog.deployment.packed import evaluate_file, predict
 from qtdog.errors import UserError
-from qtdog.flatness import measure_flatness
-from qtdog.landscape import measure_landscape
-from qtdog.leave_one_out import train_all
-from qtdog.presets import dashed
-from qtdog.sweep import sweep
-from qtdog.tables import collect
+from qtdog.methods.presets import dashed
+from qtdog.results.tables import collect
+from qtdog.training.jobs import train_all
+from qtdog.training.sweep import sweep
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from qtdog.analysis.flatness import Curve, measure_flatness
 from qtdog.config import CollectConfig, DemoConfig, EnsembleConfig, FlatnessConfig, MethodName, TrainConfig
-from qtdog.ensemble import make_ensembles
+from qtdog.deployment.ensemble import make_ensembles
 from qtdog.environment import computing_threads, cores
 from qtdog.errors import UserError
-from qtdog.evaluation import mean_out_accuracy
-from qtdog.flatness import Curve, measure_flatness
-from qtdog.leave_one_out import Job, carry_out, plan
-from qtdog.presets import METHODS
-from qtdog.runs import PRINT, Log, read_card, read_records
-from qtdog.tables import collect
+from qtdog.methods.presets import METHODS
+from qtdog.results.runs import PRINT, Log, read_card, read_records
+from qtdog.results.tables import collect
+from qtdog.training.evaluation import mean_out_accuracy
+from qtdog.training.jobs import Job, carry_out, plan
 
 TARGET = "75"  # beyond the angles that are trained on, not between them
 METHOD_NAMES: tuple[MethodName, MethodName] = ("erm", "qtdog")

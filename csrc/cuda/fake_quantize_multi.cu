@@ -1,5 +1,5 @@
 // qkernels::fake_quantize_multi and its backward on CUDA devices: every layer of a model in one launch. The definition
-// of both is qkernels/reference.py.
+// of both is qkernels/ops/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>

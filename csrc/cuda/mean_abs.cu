@@ -1,4 +1,4 @@
-// qkernels::mean_abs on CUDA devices. Its definition is qkernels/reference.py.
+// qkernels::mean_abs on CUDA devices. Its definition is qkernels/ops/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -1,4 +1,4 @@
-// qkernels::packed_gemv on CUDA devices. Its definition is qkernels/reference.py.
+// qkernels::packed_gemv on CUDA devices. Its definition is qkernels/ops/reference.py.
 //
 // y^T = codes * x^T on the tensor cores: 16 rows of the weight by 16 codes of each against 8 columns of x at a time
 // (mma.m16n8k16 of bfloat16, which holds the codes exactly). What bounds it is reading the weights, so each byte of

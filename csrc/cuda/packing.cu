@@ -1,4 +1,4 @@
-// qkernels::pack, unpack, quantize and dequantize_packed on CUDA devices. Their definition is qkernels/reference.py.
+// qkernels::pack, unpack, quantize and dequantize_packed on CUDA devices. Their definition is qkernels/ops/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -18,7 +18,7 @@ import triton
 from timm import create_model
 from torch import nn
 
-from ..packed_ops import Geometry, packed_bytes, packed_conv2d, packed_conv2d_int8
+from ..ops.packed_conv2d import Geometry, packed_bytes, packed_conv2d, packed_conv2d_int8
 from . import tuning
 
 MODELS = ("resnet50", "tf_efficientnet_lite0")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.costs import OPERATIONS, cost_of, counted, roofline_seconds
-from qkernels import packed_ops
 from qkernels.backends import SCHEMAS
-from qkernels.packed_ops import Geometry
+from qkernels.ops import packed_conv2d as packed_ops
+from qkernels.ops.packed_conv2d import Geometry
 
 SOURCES = "\n".join(p.read_text() for p in (Path(__file__).parents[2] / "benchmarks").glob("bench_*.py"))
 

@@ -25,16 +25,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 # ruff: noqa: E402  (this must stand before the tests' own modules, and qkernels, are imported)
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "qkernels"), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import smoke_cases
-from smoke_cases import Case, Expected
-
 import emulated_cuda
+import smoke_cases
 from qkernels import backends
+from smoke_cases import Case, Expected
 
 
 class Backend(NamedTuple):

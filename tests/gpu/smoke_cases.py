@@ -9,13 +9,13 @@ from itertools import chain, product, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
-import packed_oracle
 import torch
-from packed_oracle import FLOAT32_UNIT, Window
 from torch import Tensor
 
 import oracle
-from qkernels.packed_ops import Geometry
+import packed_oracle
+from packed_oracle import FLOAT32_UNIT, Window
+from qkernels.ops.packed_conv2d import Geometry
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qkernels import backends, fake_quantize, fake_quantize_multi, reference
+from qkernels import backends, fake_quantize, fake_quantize_multi
+from qkernels.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")

@@ -2,7 +2,7 @@
 none of the C++/CUDA kernels emulated.
 
 Larger shapes than Triton's interpreter can run, races, streams, CUDA graphs and torch.compile;
-tests/qkernels/test_packed_convolutions.py holds the same kernels to a strict bound on small shapes.
+tests/qkernels/ops/test_packed_convolutions.py holds the same kernels to a strict bound on small shapes.
 """
 
 import random
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qkernels as qk
-from qkernels import backends, packed_ops, reference
-from qkernels.packed_ops import Geometry
+from qkernels import backends
+from qkernels.ops import packed_conv2d as packed_ops
+from qkernels.ops import reference
+from qkernels.ops.packed_conv2d import Geometry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")

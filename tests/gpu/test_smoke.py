@@ -9,10 +9,10 @@ import time
 
 import pytest
 import smoke
-import smoke_cases
 import torch
 
 import emulated_cuda
+import smoke_cases
 from qkernels import backends
 
 FIRST = smoke_cases.cases()[: len(smoke_cases.PARAMETERS)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qkernels import backends
-from qkernels.library import library_path
+from qkernels.ops.library import library_path
 
 OPS = (
     "fake_quantize",

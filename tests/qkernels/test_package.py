@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import qkernels as qk
+from qkernels.ops import library
 
 _codec = pytest.importorskip("qkernels._codec")
 
@@ -107,5 +108,5 @@ def test_codec_refuses_what_does_not_fit():
 
 def test_cpu_features_are_those_of_this_machine():
     flags = Path("/proc/cpuinfo").read_text().split()
-    for feature in qk.library.cpu_features():
+    for feature in library.cpu_features():
         assert feature.replace("avx512vnni", "avx512_vnni").replace("avx512bf16", "avx512_bf16") in flags

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels.library import library_path
+from qkernels.ops.library import library_path
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,5 +100,5 @@ def test_cpp_and_python_define_the_ops_alike():
         " if str(getattr(torch.ops.qkernels, n).default._schema) != str(parse('qkernels::' + n + s))];"
         "assert len(schemas) > 10 and not wrong, wrong"
     )
-    schemas = Path(qk.__file__).parent / "schemas.py"
+    schemas = Path(qk.__file__).parent / "ops" / "schemas.py"
     subprocess.run([sys.executable, "-c", script, str(library_path("_cpu")), str(schemas)], check=True)

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from tiny import DIGITS, make_pictures, write_idx
 
 from qtdog.cli import main
+from tiny import DIGITS, make_pictures, write_idx
 
 # Tiny networks gain nothing from a second thread, and threads that wait for each other suffer on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import DIGITS, ICON_STYLES, make_pictures
 
 from qtdog import cli, environment
 from qtdog.cli import main
 from qtdog.data import domain_names, load_dataset
 from qtdog.errors import UserError
-from qtdog.leave_one_out import chosen
-from qtdog.runs import read_card
+from qtdog.results.runs import read_card
+from qtdog.training.jobs import chosen
+from tiny import DIGITS, ICON_STYLES, make_pictures
 
 COMMANDS = [
     "train", "sweep", "ensemble", "flatness", "landscape", "curvature", "diagnostics", "collect", "data verify", "demo",

@@ -11,8 +11,8 @@ from qtdog import demo
 from qtdog.cli import main
 from qtdog.config import DemoConfig
 from qtdog.errors import UserError
-from qtdog.leave_one_out import carry_out
-from qtdog.runs import read_card
+from qtdog.results.runs import read_card
+from qtdog.training.jobs import carry_out
 
 
 @pytest.fixture

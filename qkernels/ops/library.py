@@ -1,0 +1,71 @@
+"""The compiled libraries, and the definition of each op.
+
+`_cpu` defines every op when it is loaded, `library` those that nobody has defined: all where `_cpu` is not built, or
+not wanted because QKERNELS_BACKEND forces another backend on CPU tensors.
+"""
+
+import ctypes
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .schemas import SCHEMAS
+
+NAMESPACE = "qkernels"
+FORCED = os.environ.get("QKERNELS_BACKEND")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OTHER_ON_CPU = FORCED == "reference" or (FORCED == "triton" and INTERPRETED)
+
+
+def library_path(name: str) -> Path | None:
+    """The compiled library `_cpu` or `_cuda` of this package, if it was built."""
+    path = Path(__file__).parents[1] / f"{name}.so"
+    return path if path.exists() else None
+
+
+@cache
+def load(backend: str) -> str | None:
+    """Load what `backend` needs. Returns None, or what is missing and the way out."""
+    if backend in ("cpp", "cuda"):
+        name = {"cpp": "_cpu", "cuda": "_cuda"}[backend]
+        path = library_path(name)
+        if backend == "cuda" and torch.version.cuda is None:
+            return "this PyTorch is built without CUDA"
+        if path is None:
+            needs = "a C++ compiler" if backend == "cpp" else "nvcc (QKERNELS_BUILD_CUDA=1 makes its absence an error)"
+            return f"qkernels/{name} was not built; reinstall qtdog with {needs}"
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            return f"{path.name} does not load: {error}"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton"
+    return None
+
+
+def _text(function: str) -> str:
+    """What a function of `_cpu` without arguments says."""
+    call = getattr(ctypes.CDLL(str(library_path("_cpu"))), function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets that matter here and that this CPU has, as `_cpu` finds them; it must be loaded."""
+    return _text("qkernels_cpu_features").split()
+
+
+def build_info() -> str:
+    """The compiler and C++ standard that `_cpu` was built with; it must be loaded."""
+    return _text("qkernels_build_info")
+
+
+if not OTHER_ON_CPU:
+    load("cpp")
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    if not hasattr(torch.ops.qkernels, _name):
+        library.define(_name + _schema)

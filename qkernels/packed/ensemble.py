@@ -1,0 +1,212 @@
+"""PackedEnsemble: M quantized networks as one, with packed weights."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..quantize.convert import quantized_layers
+from ..quantize.layers import QConv2d, QuantizedWeight
+from .fusion import FusionReport, eval_mode, stack_members
+from .integer import IntegerReport, Method, to_integer_
+from .layers import PackedConv2d, PackedLinear
+from .tracing import CannotStack
+
+Combine = Literal["logits", "probs"]
+
+
+class MembersInTurn(nn.Module):
+    """Members that could not be put into one graph: images [N, ...] through one after another, [M * N, ...]."""
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([member(x) for member in self.members])
+
+
+def pack_layers_(model: nn.Module) -> nn.Module:
+    """Replace each quantized layer of `model` by a packed one of a single member, in place. Returns `model`."""
+    for name, layer in list(quantized_layers(model)):
+        owner, _, attribute = name.rpartition(".")
+        kind = PackedConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
+        setattr(model.get_submodule(owner), attribute, kind.from_layers([layer]))
+    return model
+
+
+class PackedEnsemble(nn.Module):
+    """M quantized networks that answer together: their weights stay packed in memory and in the file.
+
+    `ensemble(x)` gives the mean of the members' logits, as EoQ does; `member_logits(x)` each member's. The activations
+    have x's dtype, whatever it is; scales and biases are float32. Gradients there are none.
+
+    Attributes:
+        members: M.
+        program: the network that computes all members, [N, ...] to [M * N, classes].
+        report: what was packed and fused.
+        info: what `save` wrote beside the network (classes, domains, preprocessing, ...), plain types.
+
+    Source: EoQ is section 3.3 of QT-DoG (Javed et al., ICML 2025).
+    """
+
+    def __init__(
+        self, program: nn.Module, members: int, report: FusionReport, info: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.program = program
+        self.members = members
+        self.report = report
+        self.info = info or {}
+        self.eval()
+
+    @classmethod
+    def from_models(cls, models: Sequence[nn.Module], **info: Any) -> "PackedEnsemble":
+        """Pack trained models of one architecture; they may differ in the bits of each layer, and are left as they are.
+
+        Batch norms are folded as in eval mode. Layers that `quantize_` left float stay float.
+
+        Args:
+            models: quantized by `quantize_`; on one device.
+            info: plain values to save with the network, such as classes=["dog", ...].
+
+        Raises:
+            ValueError: if the models differ in more than their weights and bits, or nothing in them is quantized.
+        """
+        _check_alike(models)
+        try:
+            program, report = stack_members(models)
+            return cls(program, len(models), report, info)
+        except CannotStack as reason:
+            why = str(reason)
+        _check_packable(models)
+        with eval_mode(models):
+            copies = [pack_layers_(copy.deepcopy(model).eval()) for model in models]
+        report = FusionReport(packed=[name for name, _ in quantized_layers(models[0])], in_turn=why)
+        return cls(MembersInTurn(copies), len(models), report, info)
+
+    @torch.no_grad()
+    def member_logits(self, x: Tensor) -> Tensor:
+        """Images [N, ...] to each member's logits [M, N, classes]."""
+        return self.program(x).unflatten(0, (self.members, -1))
+
+    def forward(self, x: Tensor, combine: Combine = "logits") -> Tensor:
+        """Images [N, ...] to [N, classes]: the mean of the members' logits, or of their probabilities ("probs")."""
+        if combine not in ("logits", "probs"):
+            raise ValueError(f'combine must be "logits" or "probs", got {combine!r}')
+        logits = self.member_logits(x)
+        return logits.mean(0) if combine == "logits" else logits.softmax(-1).mean(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: packed weights, scales, biases and what stays float."""
+        return sum(t.nbytes for t in [*self.parameters(), *self.buffers()])
+
+    @property
+    def integer(self) -> bool:
+        """Whether layers work on integer activations."""
+        return any(getattr(module, "input_scale", None) is not None for module in self.modules())
+
+    def to_integer_(
+        self,
+        batches: Iterable[Tensor],
+        method: Method = "mse",
+        percentile: float = 99.99,
+        bits: int = 8,
+        float_dtype: torch.dtype = torch.float32,
+    ) -> IntegerReport:
+        """Let the packed layers work on integer activations from now on, with scales found on images.
+
+        Each member's activations get one scale a tensor. Layers hand codes to the next where they can. Inputs whose
+        scale was learned in training (`QConfig(act_bits=...)`) keep it.
+
+        Args:
+            batches: images [N, ...], a list or a data loader of some hundreds; read three times.
+            method: "mse" takes the scale of the least squared error, "percentile" the one that clips what lies beyond
+                `percentile`, "max" the one that clips nothing.
+            bits: of the activations.
+            float_dtype: of the activations where floats remain (between layers that cannot be connected).
+
+        Returns:
+            What this changes on the calibration images: look at it.
+        """
+        return to_integer_(self.program, self.members, batches, method, percentile, bits, float_dtype)
+
+    def save(self, path: str | Path, **info: Any) -> Path:
+        """Write the folder `path`: model.safetensors, config.json and README.md (docs/format.md). Returns it.
+
+        `info` is saved with the network, over what it has already.
+        """
+        from .file import save
+
+        return save(self, Path(path), {**self.info, **info})
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> "PackedEnsemble":
+        """Read what `save` wrote; neither the training code nor the model's is needed.
+
+        Args:
+            path: the folder, or its model.safetensors.
+            model: only for an ensemble whose members run in turn: a float model of their architecture.
+
+        Raises:
+            PackedFileError: if the file is truncated, corrupt or not what it claims to be.
+        """
+        from .file import load
+
+        return load(Path(path), model)
+
+    def extra_repr(self) -> str:
+        return f"members={self.members}, nbytes={self.nbytes:,}, integer={self.integer}"
+
+
+def _description(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Name -> what must agree between members, for every module that owns tensors."""
+    description: dict[str, tuple[Any, ...]] = {}
+    for name, module in model.named_modules():
+        shapes = tuple((key, tuple(t.shape)) for key, t in module._parameters.items() if t is not None)
+        settings: tuple[Any, ...] = ()
+        if isinstance(module, QuantizedWeight):
+            settings = (tuple(shape for key, shape in shapes if key in ("weight", "bias")), module.act_range)
+            if isinstance(module, QConv2d):
+                settings += (module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+            description[name] = (type(module).__name__, *settings)
+        else:
+            description[name] = (type(module).__name__, shapes)
+    return description
+
+
+def _check_alike(models: Sequence[nn.Module]) -> None:
+    if not models:
+        raise ValueError("PackedEnsemble: no models to pack")
+    first = _description(models[0])
+    for index, model in enumerate(models):
+        if not any(True for _ in quantized_layers(model)):
+            raise ValueError(
+                f"PackedEnsemble: models[{index}] has no quantized layers; call qkernels.quantize_ and train"
+            )
+        own = _description(model)
+        for name in first.keys() | own.keys():
+            if first.get(name) != own.get(name):
+                raise ValueError(
+                    f"PackedEnsemble: models[{index}] differs from models[0] at {name or 'the root'}: "
+                    f"{own.get(name)} and {first.get(name)}"
+                )
+        for name, layer in quantized_layers(model):
+            if layer.act_quantizer is not None and layer.act_range is None:
+                raise ValueError(
+                    f"PackedEnsemble: models[{index}].{name} has not started to quantize its input; train it"
+                )
+    devices = {p.device for model in models for p in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"PackedEnsemble: the models are on {', '.join(map(str, devices))}; move them to one device")
+
+
+def _check_packable(models: Sequence[nn.Module]) -> None:
+    for model in models:
+        for name, layer in quantized_layers(model):
+            if type(layer).__name__ not in ("QConv2d", "QLinear", "QConv2dSame"):
+                raise ValueError(f"PackedEnsemble: {name} is a {type(layer).__name__}, which has no packed form")

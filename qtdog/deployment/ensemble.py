@@ -1,0 +1,204 @@
+"""EoQ: independently trained quantized models whose logits are averaged (QT-DoG, section 3.3)."""
+
+import datetime
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qtdog.config import EnsembleConfig
+from qtdog.data import DomainSet, load_dataset
+from qtdog.data.loaders import EvaluationImages
+from qtdog.deployment.packed import calibration_batches, pack_members
+from qtdog.environment import describe_environment, pick_device, pick_workers
+from qtdog.errors import UserError
+from qtdog.methods.presets import METHODS
+from qtdog.results.runs import PRINT, Log, ModelCard, find_runs, load_model, read_card, write_json, write_records
+from qtdog.results.variants import common, described, settings_of, telling
+from qtdog.training.evaluation import domain_parts, member_accuracies, sources
+
+Member = tuple[Path, ModelCard]
+
+
+def dataset_of(card: ModelCard, data_dir: str | None, log: Log) -> DomainSet:
+    """The data a run was trained on; UserError if what is found there now differs."""
+    run = card.run
+    dataset = load_dataset(run.dataset, data_dir or run.data_dir, card.images_as_trained(), log)
+    found = ([domain.name for domain in dataset.domains], dataset.classes)
+    if found != (card.domains, card.classes):
+        raise UserError(
+            f"the data has domains and classes {found}, the run {(card.domains, card.classes)}: see --data-dir"
+        )
+    return dataset
+
+
+def make_ensembles(config: EnsembleConfig, log: Log = PRINT) -> list[Path]:
+    """Group runs by data set, method, settings, target and trial; write an ensemble of each group of two or more.
+
+    A seed that was trained with several draws of hyper-parameters contributes the best by source validation.
+
+    Returns:
+        The folders written, each with results.jsonl and members.json.
+    """
+    device = pick_device(config.device)
+    runs = [(folder, read_card(folder)) for folder in find_runs(config.runs)]
+    names = telling((folder, card.dataset, card.run) for folder, card in runs)
+    groups: dict[tuple[str, str, str, str, int], list[Member]] = defaultdict(list)
+    for folder, card in runs:
+        variant = described(settings_of(card.run), names[card.run.method])
+        groups[card.dataset, card.run.method, variant, card.target, card.run.trial_seed].append((folder, card))
+    several: dict[tuple[str, str, str, str, int], list[Member]] = {}
+    for key, members in sorted((key, best_draws(members)) for key, members in groups.items()):
+        dataset, method, variant, target, trial = key
+        what = f"{' '.join(filter(None, [method, variant]))} on {dataset}, target {target}, trial {trial}"
+        if len(members) == 1:
+            log(f"one run of {what}: no ensemble of one")
+        elif config.integer != "none" and members[0][1].quantization is None:
+            log(f"{what} is float: no integer activations for it")
+        else:
+            several[key] = members
+    if not several:
+        quantized = "" if config.integer == "none" else "quantized "
+        raise UserError(
+            f"no two {quantized}runs share data set, method, settings, target and trial: train more --seeds"
+        )
+    written = []
+    loaded: dict[tuple[Any, ...], DomainSet] = {}
+    for (_, _, variant, _, _), members in several.items():
+        card = same_task(members)
+        data_key = (card.run.dataset, card.run.data_dir, card.images_as_trained())
+        if data_key not in loaded:
+            loaded[data_key] = dataset_of(card, config.data_dir, log)
+        folder = place(members[0], variant, config.output_dir)
+        written.append(ensemble(members, loaded[data_key], folder, config, device, log))
+    return written
+
+
+def best_draws(members: Sequence[Member]) -> list[Member]:
+    """Of each seed the run with the best source validation accuracy, in the order of the seeds."""
+    best: dict[int, Member] = {}
+    for folder, card in members:
+        known = best.get(card.run.seed)
+        if known is None or card.source_validation_accuracy > known[1].source_validation_accuracy:
+            best[card.run.seed] = (folder, card)
+    return [best[seed] for seed in sorted(best)]
+
+
+def place(member: Member, variant: str, output_dir: str | None) -> Path:
+    """The folder of an ensemble: beside its members where they lie as `qtdog train` puts them, else in `ensembles`."""
+    folder, card = member
+    variant = re.sub(r"[^\w.+-]+", "_", variant)
+    name = "_".join(filter(None, [f"trial{card.run.trial_seed}", variant, "ensemble"]))
+    task = (card.dataset, card.run.method, card.target)
+    if output_dir is None and folder.absolute().parts[-4:-1] == task:
+        return folder.parent / name
+    return Path(output_dir or folder.parent / "ensembles", *task, name)
+
+
+def same_task(members: Sequence[Member]) -> ModelCard:
+    """The first member's card, after checking that the others saw the same images."""
+    first_folder, first = members[0]
+    for folder, card in members:
+        for name in ("classes", "domains", "image_shape", "preprocessing", "data_source"):
+            if getattr(card, name) != getattr(first, name):
+                raise UserError(
+                    f"{folder} and {first_folder} differ in {name} and cannot be one ensemble: name their folders apart"
+                )
+        if card.run.holdout_fraction != first.run.holdout_fraction:
+            raise UserError(
+                f"{folder} and {first_folder} differ in holdout_fraction: a member would be tested on its own data"
+            )
+    return first
+
+
+def ensemble(
+    members: Sequence[Member],
+    dataset: DomainSet,
+    folder: Path,
+    config: EnsembleConfig,
+    device: torch.device,
+    log: Log,
+) -> Path:
+    """Evaluate one ensemble on the target's in and out parts and the sources' out parts, and write it to `folder`."""
+    card = members[0][1]
+    run, method = card.run, METHODS[card.run.method]
+    log(
+        f"{method.ensemble_label} of {len(members)} members on {card.dataset}, target domain {card.target}, "
+        f"trial {run.trial_seed}"
+    )
+    models = [load_model(path, device) for path, _ in members]
+    packed = None
+    if card.quantization is not None:
+        packed = pack_members(models, card, config.combine)
+        log(textwrap.indent(str(packed.report), "  "))
+    parts = domain_parts(run, dataset)
+    wanted = [f"env{run.test_env}_in"] + [f"env{env}_out" for env in (run.test_env, *sources(run, dataset))]
+    workers = pick_workers(config.num_workers, card.preprocessing is not None)
+    images = {part: EvaluationImages(parts[part], workers) for part in wanted}
+
+    def judge() -> dict[str, tuple[float, list[float]]]:
+        """Accuracy of the ensemble and of each member alone on every wanted part."""
+        network = in_turn(models) if packed is None else packed.member_logits
+        shown = tqdm(images.items(), desc="evaluating", disable=None)
+        return {part: member_accuracies(network, each, config.combine, device) for part, each in shown}
+
+    judged = judge()
+    change = {}
+    if packed is not None and config.integer != "none":
+        seen = [parts[f"env{env}_in"] for env in sources(run, dataset)]
+        log(f"  {packed.to_integer_(calibration_batches(seen, config.calibration_images, device), config.integer)}")
+        before, judged = judged, judge()
+        for part in wanted:
+            change[f"{part}_acc"] = judged[part][0] - before[part][0]
+            of = f"{parts[part].domain.name}, {'in' if part.endswith('in') else 'out'} part"
+            log(f"  integer activations change the accuracy by {100 * change[f'{part}_acc']:+.1f} points on {of}")
+    test = f"env{run.test_env}_in"
+    record = {
+        **{f"{part}_acc": together for part, (together, _) in judged.items()},
+        "members": len(members),
+        "combine": config.combine,
+        "integer": config.integer,
+        "integer_change": change,
+        "dataset": card.dataset,
+        "data_source": dataset.source,
+        "domains": card.domains,
+        "method": run.method,
+        "target": card.target,
+        "test_env": run.test_env,
+        "trial_seed": run.trial_seed,
+        "settings": common([settings_of(member.run) for _, member in members]),
+        "target_accuracy": judged[test][0],
+        "nbytes": sum(member.nbytes for _, member in members) if packed is None else packed.nbytes,
+        "float_nbytes": card.float_nbytes,
+        "environment": describe_environment(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    manifest = [
+        {
+            "folder": str(path),
+            "seed": member.run.seed,
+            "selected_step": member.selected_step,
+            "nbytes": member.nbytes,
+            "accuracies": {f"{part}_acc": alone[index] for part, (_, alone) in judged.items()},
+        }
+        for index, (path, member) in enumerate(members)
+    ]
+    write_json(folder / "members.json", {"combine": config.combine, "members": manifest})
+    write_records(folder / "results.jsonl", [record])
+    if packed is not None:
+        accuracy = {parts[part].domain.name: judged[part][0] for part in wanted if part != f"env{run.test_env}_out"}
+        packed.save(folder / "packed", accuracy=accuracy, seeds=[member.run.seed for _, member in members])
+    singles = ", ".join(f"{100 * one:.1f}" for one in judged[test][1])
+    log(f"  target accuracy {100 * judged[test][0]:.1f} (members alone: {singles}) -> {folder}")
+    return folder
+
+
+def in_turn(models: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """Images [N, C, H, W] to the logits [members, N, classes] of float models."""
+    return lambda images: torch.stack([model(images) for model in models])

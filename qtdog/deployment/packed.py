@@ -1,0 +1,178 @@
+"""Packed ensembles of trained runs: their file, their accuracy on a data set, and predictions for single images."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import qkernels as qk
+from qkernels.packed.file import PackedFileError
+from qtdog.config import EvalConfig, PredictConfig
+from qtdog.data import DomainSet, Preprocessing, load_dataset
+from qtdog.data.images import plain_transform, read_image
+from qtdog.data.loaders import EvaluationImages, Part
+from qtdog.data.splits import split
+from qtdog.environment import pick_device, pick_workers
+from qtdog.errors import UserError
+from qtdog.results.runs import Log, ModelCard
+from qtdog.training.evaluation import combine_logits, member_accuracies
+
+
+def pack_members(models: Sequence[nn.Module], card: ModelCard, combine: str) -> qk.PackedEnsemble:
+    """The packed ensemble of trained models, knowing what it takes to feed and to judge it."""
+    run = card.run
+    return qk.PackedEnsemble.from_models(
+        models,
+        architecture=card.backbone,
+        method=run.method,
+        data_kind=run.dataset,  # --dataset
+        dataset=card.dataset,
+        data_source=card.data_source,
+        classes=card.classes,
+        domains=card.domains,
+        target=card.target,
+        trial_seed=run.trial_seed,
+        holdout_fraction=run.holdout_fraction,
+        image_shape=card.image_shape,
+        preprocessing=card.preprocessing,
+        combine=combine,
+    )
+
+
+def calibration_batches(parts: Sequence[Part], images: int, device: torch.device) -> list[Tensor]:
+    """About `images` training images, the same number of each source domain, in batches of up to 32."""
+    each = max(1, images // len(parts))
+    # The indices of a part are in random order.
+    chunks = [(part, part.indices[:each][i : i + 32]) for part in parts for i in range(0, each, 32)]
+    return [part.domain.images(indices, False).to(device) for part, indices in chunks if indices]
+
+
+def read_ensemble(file: str, device: torch.device) -> qk.PackedEnsemble:
+    """A packed ensemble; UserError if there is none or it is damaged."""
+    if not file:
+        raise UserError("name a packed ensemble: the folder `packed` that `qtdog ensemble` wrote")
+    try:
+        return qk.PackedEnsemble.load(file).to(device)
+    except PackedFileError as error:
+        raise UserError(str(error)) from error
+
+
+def preprocessing_of(ensemble: qk.PackedEnsemble, file: str) -> Preprocessing | None:
+    """How to prepare images; None for digits, which are taken as they are."""
+    try:
+        stored = ensemble.info["preprocessing"]
+        return (
+            None if stored is None else Preprocessing(stored["image_size"], tuple(stored["mean"]), tuple(stored["std"]))
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} does not say how images are prepared: save(preprocessing=..., classes=...)") from error
+
+
+# qtdog eval ------------------------------------------------------------------------------------------------------
+
+
+def parts_to_judge(info: dict[str, Any], dataset: DomainSet) -> list[tuple[Part, str]]:
+    """(images, what they were to the training) of each domain.
+
+    Of the domains that it was trained on only the images that were held out count, and of the target the part that the
+    published tables report; of any other data all images do.
+    """
+    judged = []
+    for env, domain in enumerate(dataset.domains):
+        everything = range(len(domain.labels))
+        if dataset.name != info.get("dataset") or domain.name not in info.get("domains", []):
+            judged.append((Part(domain, env, list(everything)), "never seen"))
+            continue
+        if dataset.splits is not None:
+            inner, outer = dataset.splits[env]
+        else:
+            inner, outer = split(len(domain.labels), info["holdout_fraction"], info["trial_seed"], env)
+        target = domain.name == info["target"]
+        judged.append((Part(domain, env, inner if target else outer), "target" if target else "source, held out"))
+    return judged
+
+
+def evaluate_file(config: EvalConfig) -> dict[str, float]:
+    """Print the accuracy of a packed ensemble on each domain of a data set; returns it by domain, in 0..1."""
+    log = Log()
+    device = pick_device(config.device)
+    ensemble = read_ensemble(config.file, device)
+    info = ensemble.info
+    name = config.dataset or info.get("data_kind", "folder")
+    preprocessing = preprocessing_of(ensemble, config.file)
+    dataset = load_dataset(name, config.data_dir, preprocessing, log)
+    if dataset.classes != info.get("classes"):
+        raise UserError(f"the data has the classes {dataset.classes}, {config.file} {info.get('classes')}")
+    workers = pick_workers(config.num_workers, preprocessing is not None)
+    log(
+        f"{info.get('architecture', 'packed ensemble')}, {ensemble.members} members, {ensemble.nbytes:,} bytes, "
+        f"{'integer' if ensemble.integer else 'float'} activations, on {dataset.source}"
+    )
+    accuracies = {}
+    for part, role in tqdm(parts_to_judge(info, dataset), desc="evaluating", disable=None):
+        images, combine = EvaluationImages(part, workers), info.get("combine", "logits")
+        together, alone = member_accuracies(ensemble.member_logits, images, combine, device)
+        accuracies[part.domain.name] = together
+        singles = ", ".join(f"{100 * one:.1f}" for one in alone)
+        log(
+            f"  {part.domain.name:20} {100 * together:5.1f} %  of {len(part.indices):6} images  "
+            f"({role}; members alone: {singles})"
+        )
+    return accuracies
+
+
+# qtdog predict ---------------------------------------------------------------------------------------------------
+
+
+def digit_transform(image_shape: Sequence[int]) -> Callable[[Image.Image], Tensor]:
+    """PIL image to float32 [1, H, W] in 0..1, as the MNIST sets are."""
+    channels, height, width = image_shape
+    if channels != 1:
+        raise UserError(f"this network takes images of {channels} channels, which picture files do not have")
+
+    def transform(image: Image.Image) -> Tensor:
+        gray = image.convert("L").resize((width, height), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.asarray(gray, np.float32) / 255)[None]
+
+    return transform
+
+
+def predict(config: PredictConfig) -> list[dict[str, Any]]:
+    """Print the most likely classes of each image and how far the members disagree; returns the same as records."""
+    device = pick_device(config.device)
+    ensemble = read_ensemble(config.file, device)
+    info = ensemble.info
+    classes = info.get("classes")
+    preprocessing = preprocessing_of(ensemble, config.file)
+    transform = digit_transform(info["image_shape"]) if preprocessing is None else plain_transform(preprocessing)
+    if not config.images:
+        raise UserError("name the images to predict: qtdog predict FILE IMAGE...")
+    missing = [image for image in config.images if not Path(image).is_file()]
+    if missing:
+        raise UserError(f"{missing[0]} is not a file")
+    records = []
+    for image in config.images:
+        batch = transform(read_image(Path(image)))[None].to(device)
+        logits = ensemble.member_logits(batch).float().cpu()
+        probabilities = combine_logits(logits, info.get("combine", "logits"))[0]
+        votes = logits[:, 0].argmax(-1)
+        best = probabilities.argsort(descending=True)[: max(1, config.top)].tolist()
+        record = {
+            "image": image,
+            "classes": {classes[i] if classes else str(i): probabilities[i].item() for i in best},
+            # The share of members that would have decided otherwise.
+            "disagreement": (votes != best[0]).double().mean().item(),
+        }
+        records.append(record)
+        if config.json:
+            print(json.dumps(record))
+        else:
+            chances = ", ".join(f"{label} {chance:.3f}" for label, chance in record["classes"].items())
+            print(f"{image}  {chances}  (disagreement {record['disagreement']:.2f})")
+    return records

@@ -1,0 +1,323 @@
+"""Presets: what a method is made of, and the protocol numbers of a data set.
+
+Numbers of a run, later ones before earlier ones: the rules' own, the data set's protocol, the method's (for all data
+sets, for pictures, for this data set), the draw of `--hparams-seed`, and what the user gives.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from qtdog.config import INQ_FRACTIONS, Quantization, RunConfig, TrainConfig
+from qtdog.data import DIGITS
+from qtdog.errors import UserError
+from qtdog.methods.algorithms import ALGORITHMS
+from qtdog.methods.averaging import AVERAGING
+from qtdog.methods.hparams import random_hparams
+from qtdog.methods.steps import STEPS
+from qtdog.models import DIGIT_NETWORKS
+
+
+@dataclass(frozen=True)
+class Method:
+    """One loss (qtdog.algorithms), step rule (qtdog.steps), averaging rule (qtdog.averaging) and quantizer, or none.
+
+    `numbers` are those that differ from the protocol: for "all" data sets, for "pictures", or for a data set by name.
+    """
+
+    label: str
+    algorithm: str = "erm"
+    step: str = "plain"
+    averaging: str = "none"
+    quantizer: Literal["lsq", "inq"] | None = None
+    ensemble: str | None = None
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def ensemble_label(self) -> str:
+        return self.ensemble or f"Ensemble of {self.label}"
+
+    def options(self) -> dict[str, list[str]]:
+        """The names of the numbers that its loss, step rule and averaging rule take."""
+        signature = inspect.signature(ALGORITHMS[self.algorithm])
+        return {
+            "loss": [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY],
+            "step": [f.name for f in fields(STEPS[self.step]) if f.init],
+            "averaging": [f.name for f in fields(AVERAGING[self.averaging]) if f.init],
+        }
+
+
+# SWAD averages from the start, and evaluates more often than DomainBed.
+_SWAD: dict[str, dict[str, Any]] = {
+    "all": {"average_start": 0},
+    "pictures": {"checkpoint_freq": 100},
+    "VLCS": {"checkpoint_freq": 50, "swad_ratio": 0.2},
+    "DomainNet": {"checkpoint_freq": 500},
+}
+# SAGM's paper. DropOut and rates are of its pictures; digits keep their protocol's.
+_SAGM: dict[str, dict[str, Any]] = {
+    "pictures": {"dropout": 0.5, "lr": 1e-5, "weight_decay": 1e-4},
+    "PACS": {"lr": 3e-5},
+    "OfficeHome": {"alpha": 5e-4},
+    "DomainNet": {"lr": 3e-5, "alpha": 5e-4, "weight_decay": 1e-6},
+}
+# GAQAT and its baselines quantize weights and inputs from the start, with one scale a tensor.
+_W4A4 = {"switch_step": 0, "weight_bits": 4, "act_bits": 4, "first_last_bits": 8, "granularity": "tensor"}
+_LSQ: dict[str, dict[str, Any]] = {"all": _W4A4}
+_LSQ_SAGM = {**_SAGM, "all": _W4A4}
+_GAQAT = {**_LSQ_SAGM, "DomainNet": {**_SAGM["DomainNet"], "disorder_window": 2111}}
+_FQAT = {**_GAQAT, "all": {**_W4A4, "freeze_granularity": "layer"}}
+
+METHODS: dict[str, Method] = {
+    "erm": Method("ERM"),
+    "sam": Method("SAM", step="sam"),
+    "sagm": Method("SAGM", step="sagm", numbers=_SAGM),
+    "coral": Method("CORAL", algorithm="coral"),
+    "mixstyle": Method("MixStyle", algorithm="mixstyle"),
+    "weight-noise": Method("Weight noise", step="weight-noise"),
+    "swad": Method("SWAD", averaging="swad", numbers=_SWAD),
+    "sma": Method("SMA", averaging="sma", ensemble="EoA"),
+    "qtdog": Method("QT-DoG", quantizer="lsq", ensemble="EoQ"),
+    "qtdog-inq": Method("QT-DoG (INQ)", quantizer="inq", numbers={"all": {"granularity": "tensor"}}),
+    "coral+qtdog": Method("CORAL + QT-DoG", algorithm="coral", quantizer="lsq"),
+    "mixstyle+qtdog": Method("MixStyle + QT-DoG", algorithm="mixstyle", quantizer="lsq"),
+    "qtdog+swad": Method("QT-DoG + SWAD", averaging="swad", quantizer="lsq", numbers=_SWAD),
+    "qtdog+sma": Method("QT-DoG + SMA", averaging="sma", quantizer="lsq"),
+    "lsq": Method("LSQ", quantizer="lsq", numbers=_LSQ),
+    "lsq+sagm": Method("LSQ + SAGM", step="sagm", quantizer="lsq", numbers=_LSQ_SAGM),
+    "gaqat": Method("GAQAT", step="gaqat", quantizer="lsq", numbers=_GAQAT),
+    "fqat": Method("FQAT", step="gaqat", quantizer="lsq", numbers=_FQAT),
+}
+ENSEMBLES = {"eoa": ("sma", 6), "eoq": ("qtdog", 5)}  # a method, and how many members the paper trains of it
+BACKBONES = {"resnet-50": "resnet50.tv_in1k", "deit-s": "deit_small_patch16_224.fb_in1k"}  # the papers' by short names
+
+_RULES: dict[str, Any] = {
+    "act_bits": None,
+    "first_last_bits": None,
+    "qat_mode": "qat",
+    "rho": 0.05,
+    "alpha": 1e-3,
+    "disorder_window": 350,
+    "disorder_threshold": 0.3,
+    "freeze_when": "below",
+    "freeze_granularity": "scale",
+    "unfreeze": True,
+    "weight_noise": 1e-4,
+    "average_start": 100,
+    "swad_converge": 3,
+    "swad_tolerance": 6,
+    "swad_ratio": 0.3,
+    "coral_weight": 1.0,
+    "mixstyle_p": 0.5,
+    "mixstyle_alpha": 0.1,
+}
+# DomainBed counts 5001 updates, so that step 5000 is evaluated. The switch is at 40 % of them and quantization is 7-bit
+# with a scale a channel, as in the QT-DoG paper. The scales' own learning rate is this project's choice: Adam moves a
+# scale by up to that rate a step, whatever its gradient, and a 7-bit scale is a quarter of the mean weight.
+_QUANTIZATION = {"switch_step": 2000, "weight_bits": 7, "granularity": "channel"}
+_DIGITS: dict[str, Any] = {
+    **_RULES,
+    "steps": 5001,
+    "checkpoint_freq": 100,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "backbone": "MNIST_CNN",
+    "weights": "none",
+    "dropout": 0.0,
+    "freeze_bn": False,
+    "augmentation": "none",
+    "precision": "float32",
+    "scale_lr": 1e-5,
+    **_QUANTIZATION,
+}
+_PHOTOS: dict[str, Any] = {
+    **_RULES,
+    "steps": 5001,
+    "checkpoint_freq": 300,
+    "batch_size": 32,
+    "lr": 5e-5,
+    "weight_decay": 0.0,
+    "backbone": "resnet50.tv_in1k",
+    "weights": "timm",
+    "dropout": 0.0,
+    "freeze_bn": True,
+    "augmentation": "qtdog",
+    "precision": "float32",
+    "scale_lr": 5e-6,
+    **_QUANTIZATION,
+}
+_DOMAIN_NET: dict[str, Any] = {**_PHOTOS, "steps": 15001, "checkpoint_freq": 1000, "switch_step": 8000}
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "RotatedMNIST": _DIGITS,
+    "ColoredMNIST": _DIGITS,
+    "PACS": _PHOTOS,
+    "VLCS": _PHOTOS,
+    "OfficeHome": _PHOTOS,
+    "TerraIncognita": _PHOTOS,
+    "DomainNet": _DOMAIN_NET,
+    "folder": _PHOTOS,
+    "csv": _PHOTOS,
+}
+
+_NOT_FOR_DIGITS = {"weights": "none", "dropout": 0.0, "freeze_bn": False, "image_size": None, "augmentation": "none"}
+
+
+def method_of(name: str) -> str:
+    """The method that `--method` names: eoq and eoa are ensembles of one."""
+    return ENSEMBLES[name][0] if name in ENSEMBLES else name
+
+
+def seeds_of(config: TrainConfig) -> list[int]:
+    """The seeds to train: those given, else one for each member of an ensemble, else 0."""
+    members = ENSEMBLES[config.method][1] if config.method in ENSEMBLES else 1
+    return config.seeds or list(range(members))
+
+
+def numbers_of(method: str, dataset: str) -> dict[str, Any]:
+    """All numbers that the presets have for a method on a data set, by the names of the flags."""
+    own = METHODS[method].numbers
+    pictures = {} if dataset in DIGITS else own.get("pictures", {})
+    return {**PROTOCOLS[dataset], **own.get("all", {}), **pictures, **own.get(dataset, {})}
+
+
+def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
+    """The run of `config` that leaves out domain `test_env`, with the presets' numbers where the user gave none."""
+    name = method_of(config.method)
+    method, preset = METHODS[name], numbers_of(name, config.dataset)
+    if config.hparams_seed > 0:
+        drawn = random_hparams(config.dataset, config.hparams_seed, config.trial_seed)
+        preset |= {**drawn, "scale_lr": preset["scale_lr"] * drawn["lr"] / preset["lr"]}  # the ratio to lr stays
+    value = {name: given if (given := getattr(config, name)) is not None else preset[name] for name in preset}
+    options = method.options()
+    refuse_meaningless(config, method)
+    quantization = None
+    if method.quantizer is not None:
+        settings = {f.name: value[f.name] for f in fields(Quantization) if f.name != "quantizer"}
+        quantization = Quantization(**settings, quantizer=method.quantizer)
+        if config.average_start is None:
+            value["average_start"] = quantization.switch_step
+    settled: dict[str, Any] = {f.name: value[f.name] for f in fields(RunConfig) if f.name in preset}
+    settled |= {kind: {option: value[option] for option in names} for kind, names in options.items()}
+    settled["backbone"] = BACKBONES.get(value["backbone"], value["backbone"])
+    run = RunConfig(
+        dataset=config.dataset,
+        data_dir=config.data_dir,
+        method=name,
+        test_env=test_env,
+        trial_seed=config.trial_seed,
+        hparams_seed=config.hparams_seed,
+        seed=seed,
+        holdout_fraction=config.holdout_fraction,
+        eval_train_images=config.eval_train_images,
+        image_size=config.image_size,
+        quantization=quantization,
+        **settled,
+    )
+    check(run)
+    return run
+
+
+def meaningless(config: TrainConfig, method: Method) -> list[str]:
+    """The settings given in `config` that belong to a rule that the method does not follow."""
+    used = {option for names in method.options().values() for option in names}
+    if method.quantizer is not None:
+        used |= {f.name for f in fields(Quantization)}
+    rules = [*_RULES, *_QUANTIZATION, "scale_lr"]
+    return [option for option in rules if option not in used and getattr(config, option) is not None]
+
+
+def refuse_meaningless(config: TrainConfig, method: Method) -> None:
+    """Raises UserError for a setting of a rule that the method does not follow."""
+    for option in meaningless(config, method):
+        quantizes = option in {f.name for f in fields(Quantization)}
+        reason = ", which does not quantize" if quantizes else ": leave it out"
+        raise UserError(f"--{dashed(option)} has no meaning for method {config.method}{reason}")
+
+
+def changed_from_preset(run: RunConfig) -> dict[str, Any]:
+    """The settings of a run that differ from those of its method and data set."""
+    values = run.settings()
+    preset = numbers_of(run.method, run.dataset)
+    if run.quantization is not None:
+        preset["average_start"] = run.quantization.switch_step
+    return {name: values[name] for name in preset if name in values and values[name] != preset[name]}
+
+
+_LIMITS = {
+    "rho": (1e-12, math.inf),
+    "alpha": (0, math.inf),
+    "disorder_window": (2, math.inf),
+    "disorder_threshold": (0, 1),
+    "weight_noise": (0, math.inf),
+    "average_start": (0, math.inf),
+    "swad_converge": (1, math.inf),
+    "swad_tolerance": (1, math.inf),
+    "swad_ratio": (0, math.inf),
+    "coral_weight": (0, math.inf),
+    "mixstyle_p": (0, 1),
+    "mixstyle_alpha": (1e-12, math.inf),
+}
+
+
+def check(run: RunConfig) -> None:
+    """Raises UserError for numbers that cannot be trained with, before anything is read or trained."""
+    for name in ("steps", "checkpoint_freq", "batch_size", "lr"):
+        if not getattr(run, name) > 0:
+            raise UserError(f"--{dashed(name)} must be greater than 0, not {getattr(run, name)}")
+    for name in ("weight_decay", "trial_seed", "hparams_seed", "seed", "dropout"):
+        if not getattr(run, name) >= 0:
+            raise UserError(f"--{dashed(name)} must not be negative, not {getattr(run, name)}")
+    if not 0 < run.holdout_fraction < 1:
+        raise UserError(f"--holdout-fraction must lie between 0 and 1, not {run.holdout_fraction}")
+    if run.eval_train_images is not None and run.eval_train_images < 1:
+        raise UserError(f"--eval-train-images must be at least 1, not {run.eval_train_images}")
+    is_digits = run.dataset in DIGITS
+    if is_digits != (run.backbone in DIGIT_NETWORKS):
+        fitting = " or ".join(DIGIT_NETWORKS) if is_digits else "a timm model of RGB images, such as resnet50.tv_in1k"
+        raise UserError(f"--backbone {run.backbone} does not take {run.dataset} images: use {fitting}")
+    if is_digits:
+        for name, none in _NOT_FOR_DIGITS.items():
+            if getattr(run, name) != none:
+                raise UserError(f"--{dashed(name)} has no meaning for {run.backbone}: leave it out")
+    for name, setting in {**run.loss, **run.step, **run.averaging}.items():
+        if name in _LIMITS and not _LIMITS[name][0] <= setting <= _LIMITS[name][1]:
+            least, most = _LIMITS[name]
+            raise UserError(f"--{dashed(name)} must lie between {least:g} and {most:g}, not {setting:g}")
+    if METHODS[run.method].algorithm == "coral" and run.batch_size < 2:
+        raise UserError("--batch-size must be at least 2 for CORAL, which needs a covariance")
+    if run.quantization is not None:
+        check_quantization(run, run.quantization)
+
+
+def check_quantization(run: RunConfig, quantization: Quantization) -> None:
+    """Raises UserError for quantization that cannot be, or never starts, in this run."""
+    for name in ("weight_bits", "act_bits", "first_last_bits"):
+        bits = getattr(quantization, name)
+        if bits is not None and not 2 <= bits <= 8:
+            raise UserError(f"--{dashed(name)} must be 2 to 8, not {bits}")
+    if quantization.scale_lr < 0:
+        raise UserError(f"--scale-lr must not be negative, not {quantization.scale_lr}")
+    if not 0 <= quantization.switch_step < run.steps:
+        raise UserError(
+            f"quantization would start at step {quantization.switch_step}, which a run of {run.steps} steps never "
+            f"reaches: give --switch-step (the paper's 40 % is {run.steps * 2 // 5}) or more --steps"
+        )
+    if quantization.quantizer == "inq":
+        if quantization.qat_mode != "qat":
+            raise UserError(f"--qat-mode {quantization.qat_mode} has no meaning for INQ, which rounds step by step")
+        if len(quantization.snaps(run.steps)) < len(INQ_FRACTIONS):
+            raise UserError(
+                f"--steps {run.steps} leaves INQ no {len(INQ_FRACTIONS)} steps from the switch on: give more"
+            )
+    if run.averaging.get("average_start", quantization.switch_step) < quantization.switch_step:
+        raise UserError(
+            f"--average-start {run.averaging['average_start']} is before the switch at {quantization.switch_step}: an "
+            "average of float and quantized training is neither, start it at the switch or later"
+        )
+
+
+def dashed(name: str) -> str:
+    """A field's name as its flag is spelled."""
+    return name.replace("_", "-")

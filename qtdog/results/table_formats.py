@@ -1,0 +1,68 @@
+"""A table as text, Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qtdog.results.tables import Table
+
+
+def as_text(table: Table, digits: int = 1) -> str:
+    """For a terminal."""
+    header, *rows = table.grid(digits)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *rows)]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([table.title, "", lines[0], rule, *lines[1:], "", *table.notes, ""])
+
+
+def as_markdown(table: Table, digits: int = 1) -> str:
+    """For a README."""
+    header, *rows = table.grid(digits, "±")
+    lines = [header, ["---"] * len(header), *rows]
+    body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([f"**{table.title}**", "", *body, "", *(f"- {note}" for note in table.notes), ""])
+
+
+def as_latex(table: Table, digits: int = 1) -> str:
+    """For a paper; needs the package booktabs. A rule between the selections."""
+    header, *rows = ([escaped(cell) for cell in line] for line in table.grid(digits, r"$\pm$"))
+    body = [" & ".join(header) + r" \\"]
+    selection = None
+    for line, row in zip(rows, table.rows, strict=True):
+        if row.selection != selection:
+            body.append(r"\midrule")
+        body.append(" & ".join(line) + r" \\")
+        selection = row.selection
+    return "\n".join(
+        [f"% {note}" for note in [table.title, *table.notes]]
+        + [rf"\begin{{tabular}}{{ll{'c' * (len(header) - 2)}}}", r"\toprule", *body]
+        + [r"\bottomrule", r"\end{tabular}", ""]
+    )
+
+
+def escaped(text: str) -> str:
+    """LaTeX's special characters that occur in names."""
+    for character in "&%_#":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def as_csv(tables: Sequence[Table]) -> str:
+    """One line a cell, unrounded, for a spreadsheet or pandas."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["table", "algorithm", "selection", "column", "mean", "stderr", "n", "in_domain"])
+    for table in tables:
+        for row in table.rows:
+            for column in table.columns:
+                cell = row.cells.get(column)
+                inside = row.in_domain[column].mean if column in row.in_domain else ""
+                numbers = [cell.mean, cell.stderr, len(cell.trials)] if cell else ["", "", 0]
+                writer.writerow([table.title, row.label, row.selection, column, *numbers, inside])
+    return out.getvalue()

@@ -1,0 +1,68 @@
+"""Variants of a method: runs that differ in a setting make rows, and ensembles, of their own."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qtdog.config import RunConfig
+from qtdog.errors import UserError
+from qtdog.methods.presets import dashed
+
+# What may differ within a row: where the data lies, and what a row is the mean over or has its columns for.
+_WITHIN_A_ROW = {"data_dir", "test_env", "trial_seed", "seed", "hparams_seed"}
+
+
+def settings_of(run: RunConfig) -> dict[str, Any]:
+    """What makes runs of a row alike, by the names of the flags."""
+    return {name: value for name, value in run.settings().items() if name not in _WITHIN_A_ROW}
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The names that do not have the same value in all of them."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
+
+
+def common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What has the same value in all of them."""
+    apart = differing(settings)
+    return {name: value for name, value in settings[0].items() if name not in apart}
+
+
+def telling(runs: Iterable[tuple[Path, str, RunConfig]]) -> dict[str, list[str]]:
+    """For each method the settings that tell its variants apart.
+
+    These are the settings in which runs differ that otherwise would claim the same place in a table.
+
+    Args:
+        runs: folder, data set and settings of each.
+
+    Raises:
+        UserError: for two runs of one place that differ in nothing.
+    """
+    places: dict[tuple[Any, ...], list[tuple[Path, RunConfig]]] = defaultdict(list)
+    for folder, dataset, run in runs:
+        place = (dataset, run.method, run.test_env, run.trial_seed, run.seed, run.hparams_seed)
+        places[place].append((folder, run))
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for (_, method, *_), claimants in places.items():
+        settings = [settings_of(run) for _, run in claimants]
+        for i, each in enumerate(settings):
+            if each in settings[:i]:
+                first, second = claimants[settings.index(each)][0], claimants[i][0]
+                raise UserError(
+                    f"{first} and {second} have the same method, settings, target, trial, seed and hyper-parameter "
+                    "seed: name one of them, or collect their folders apart"
+                )
+        found[method].update(dict.fromkeys(differing(settings)))
+    return {method: list(names) for method, names in found.items()}
+
+
+def described(settings: dict[str, Any], names: Sequence[str]) -> str:
+    """`weight-bits 4, act-bits none`, or nothing where there is nothing to tell apart."""
+
+    def text(value: Any) -> str:
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{dashed(name)} {text(settings.get(name))}" for name in names)

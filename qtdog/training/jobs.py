@@ -1,0 +1,253 @@
+"""Leave-one-domain-out: one run for each target domain and seed, one after the other or several at once."""
+
+import fcntl
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import torch
+
+from qtdog import distributed
+from qtdog.config import Device, RunConfig, TrainConfig
+from qtdog.data import DIGITS, DomainSet, Preprocessing, load_dataset
+from qtdog.environment import cores, describe_environment, pick_device, pick_workers
+from qtdog.errors import UserError
+from qtdog.methods.presets import METHODS, seeds_of, settle
+from qtdog.models import preprocessing
+from qtdog.results.runs import Log, read_card, read_records, run_folder, seconds_of
+from qtdog.training.progress import Progress, clock
+from qtdog.training.trainer import facts, prepare_folder, train
+
+WATCH_SECONDS = 0.5  # between two looks at how far the runs are
+_steps_done: "Synchronized[int] | None" = None  # in a process that `attempts` has started
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, its folder, and how to train it; it reads the data itself, so that any process or machine can do it."""
+
+    run: RunConfig
+    folder: Path
+    device: Device
+    workers: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been trained to its end."""
+        return (self.folder / "done").is_file()
+
+    def train(self, shown: bool = True) -> None:
+        """Train it in its prepared folder, with log and progress bar printed if `shown`."""
+        with sole_owner(self.folder):
+            prepared, dataset = self.data(shown)
+            train(self.run, dataset, self.folder, prepared, pick_device(self.device), self.workers, shown, count)
+
+    def data(self, shown: bool) -> tuple[Preprocessing | None, DomainSet]:
+        """How its images are prepared, and the images."""
+        prepared = preprocessing(self.run.backbone, self.run.image_size)
+        return prepared, read_dataset(self.run.dataset, self.run.data_dir, prepared, shown)
+
+    def facts(self) -> list[str]:
+        """What it has mostly in common with the other runs of a command, a line each."""
+        _, dataset = self.data(shown=True)
+        return facts(self.run, dataset.source, describe_environment(pick_device(self.device)))
+
+    def outcome(self) -> str:
+        """What came out, in a line."""
+        card, run = read_card(self.folder), self.run
+        took = clock(seconds_of(read_records(self.folder / "results.jsonl")))
+        return (
+            f"{METHODS[run.method].label}, target domain {card.target}, trial {run.trial_seed}, seed {run.seed}: "
+            f"source out {card.source_validation_accuracy:.4f}  target in {card.target_accuracy:.4f}  {took}"
+        )
+
+
+@lru_cache(maxsize=1)
+def read_dataset(name: str, data_dir: str | None, prepared: Preprocessing | None, shown: bool) -> DomainSet:
+    """The data set, read once by the jobs that a process trains one after the other."""
+    log = Log(shown=shown)
+    if name not in DIGITS:
+        log(f"reading {name}" + (f" under {data_dir}" if data_dir else ""))
+    return load_dataset(name, data_dir, prepared, log)
+
+
+@contextmanager
+def sole_owner(folder: Path) -> Iterator[None]:
+    """Claims a run's folder until this process lets go or ends; UserError if it is claimed already.
+
+    Of the processes of one run, the first claims it for all.
+    """
+    if not distributed.is_first():
+        yield
+        return
+    with (folder / "config.yaml").open("r+") as file:
+        try:
+            # Not flock: the reader processes of a killed run would inherit the claim and hold it until they notice.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"{folder} is being trained by another process") from error
+        yield
+
+
+def train_all(config: TrainConfig) -> list[Path]:
+    """Train every run that `config` names and that is not finished; returns all their folders."""
+    check_jobs(config.jobs)
+    with distributed.processes(pick_device(config.device)):
+        jobs = plan(config)
+        distributed.barrier()  # the first process has prepared the folders
+        return carry_out(jobs, config.jobs)
+
+
+def plan(config: TrainConfig) -> list[Job]:
+    """Check all settings, read the data and prepare the folder of every run that `config` names."""
+    if config.resume and config.overwrite:
+        raise UserError("--resume continues runs, --overwrite starts them again: give one of them")
+    seeds = seeds_of(config)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds must be different numbers, not {seeds}")
+    check_jobs(config.jobs)
+    for seed in seeds:
+        template = settle(config, test_env=0, seed=seed)
+    if template.batch_size % distributed.world_size():
+        raise UserError(
+            f"--batch-size {template.batch_size} cannot be divided among {distributed.world_size()} processes"
+        )
+    pick_device(config.device)
+    prepared = preprocessing(template.backbone, template.image_size)
+    processes = config.jobs * distributed.local_world_size()
+    workers = pick_workers(config.num_workers, reads_files=prepared is not None, jobs=processes)
+    read_dataset.cache_clear()  # what is on disk now, not what another plan of this process has read
+    dataset = read_dataset(config.dataset, config.data_dir, prepared, True)
+    domains = [domain.name for domain in dataset.domains]
+    jobs = []
+    for env in chosen(config.test_envs, dataset.name, domains):
+        for seed in seeds:
+            run = replace(template, test_env=env, seed=seed)
+            job = Job(run, run_folder(config.output_dir, dataset.name, domains[env], run), config.device, workers)
+            if distributed.is_first():
+                prepare(job, config)
+            jobs.append(job)
+    return jobs
+
+
+def prepare(job: Job, config: TrainConfig) -> None:
+    """Prepare the folder of a job that no other process is training, whose files --overwrite would pull away."""
+    if (job.folder / "config.yaml").is_file():
+        with sole_owner(job.folder):
+            prepare_folder(job.run, job.folder, config.resume, config.overwrite)
+    else:
+        prepare_folder(job.run, job.folder, config.resume, config.overwrite)
+
+
+def check_jobs(jobs: int) -> None:
+    """Raises UserError for a number of runs at once that cannot be."""
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    if jobs > 1 and distributed.world_size() > 1:
+        raise UserError("--jobs trains several runs at once, torchrun one run in several processes: use one of them")
+
+
+def carry_out(jobs: Sequence[Job], at_once: int, threads: int | None = None) -> list[Path]:
+    """Train what is not finished, `at_once` jobs at a time (see `attempts`), until one fails; returns all folders."""
+    log = Log()
+    for job in jobs:
+        if job.finished:
+            log(f"{job.folder} is finished, not run again (remove it, or train with --overwrite, to do so)")
+    left = [job for job in jobs if not job.finished]
+    for fact in dict.fromkeys(fact for job in left for fact in job.facts()):
+        log(fact)
+    if at_once == 1:
+        for job in left:
+            job.train()
+    elif left:
+        with Progress(f"{len(left)} runs", sum(job.run.steps for job in left), log) as progress:
+            for job, error in attempts(left, at_once, watch=progress, threads=threads):
+                if error is not None:
+                    raise error
+                log(job.outcome())
+    return [job.folder for job in jobs]
+
+
+def attempts(
+    jobs: Sequence[Job],
+    at_once: int,
+    task: Callable[[Job, bool], None] = Job.train,
+    watch: Callable[[int], object] = lambda steps: None,
+    threads: int | None = None,
+) -> Iterator[tuple[Job, BaseException | None]]:
+    """Do `task(job, shown)` for each job and yield it with its error, if any, as they end.
+
+    With `at_once` > 1 each is done in one of that many processes, which print nothing and compute in `threads` threads,
+    by default their share of the CPU cores; `watch` is told now and then how many steps they have done together.
+    """
+    if at_once == 1 or not jobs:
+        for job in jobs:
+            try:
+                task(job, True)
+            except Exception as error:
+                yield job, error
+            else:
+                yield job, None
+        return
+    # Not forked: a child of a process whose OpenMP threads have run would hang in its first parallel region.
+    context = multiprocessing.get_context("spawn")
+    share, done = threads or max(1, cores() // at_once), steps_done()
+    before = done.value
+    with ProcessPoolExecutor(min(at_once, len(jobs)), context, start_worker, (share, done)) as pool:
+        left = {pool.submit(task, job, False): job for job in jobs}
+        try:
+            while left:
+                ended, _ = wait(left, timeout=WATCH_SECONDS, return_when=FIRST_COMPLETED)
+                watch(done.value - before)
+                for future in ended:
+                    problem = future.exception()
+                    if isinstance(problem, BrokenProcessPool):
+                        raise UserError(
+                            "a process was killed, perhaps for want of memory: try fewer --jobs, what is done and the "
+                            "checkpoints are kept"
+                        ) from problem
+                    yield left.pop(future), problem
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@cache
+def steps_done() -> "Synchronized[int]":
+    """Where all processes that this one starts count their steps: one for all, so that it is there as long as they."""
+    return multiprocessing.get_context("spawn").Value("q", 0)
+
+
+def start_worker(threads: int, done: "Synchronized[int]") -> None:
+    """Make this process one of those that `attempts` starts: its share of the cores, and where it counts its steps."""
+    global _steps_done
+    torch.set_num_threads(threads)
+    _steps_done = done
+
+
+def count(steps: int) -> None:
+    """Add to the steps that the processes of `attempts` have done together; nothing where there are none."""
+    if _steps_done is not None:
+        with _steps_done.get_lock():
+            _steps_done.value += steps
+
+
+def chosen(names: list[str], dataset: str, domains: list[str]) -> list[int]:
+    """Indices of the target domains that `--test-envs` gives: names, indices or `all`; a name goes before an index."""
+    envs: list[int] = []
+    for name in names:
+        if name == "all":
+            envs += range(len(domains))
+        elif name in domains:
+            envs.append(domains.index(name))
+        elif name.isdecimal() and int(name) < len(domains):
+            envs.append(int(name))
+        else:
+            listed = ", ".join(f"{index} {domain}" for index, domain in enumerate(domains))
+            raise UserError(f"--test-envs {name}: {dataset} has the domains {listed}, or `all`")
+    return list(dict.fromkeys(envs))

@@ -1,0 +1,172 @@
+"""Sweeps: data set x method x target domain x trial x random hyper-parameters x member.
+
+Every run has a folder of its own, named by a hash of its settings as in DomainBed, so that the same sweep, given again,
+goes on where it was: what is done is not run twice, what was interrupted continues from its checkpoint, what failed is
+tried again. Settings of a sweep may change between the two, and only runs that are new are trained.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from qtdog.config import SweepConfig, TrainConfig
+from qtdog.data import DIGITS, domain_names
+from qtdog.distributed import world_size
+from qtdog.environment import pick_workers
+from qtdog.errors import UserError
+from qtdog.methods.presets import METHODS, dashed, meaningless, method_of, seeds_of, settle
+from qtdog.results.runs import Log, read_card, write_text
+from qtdog.training.jobs import Job, attempts, check_jobs, chosen, sole_owner
+from qtdog.training.trainer import prepare_folder
+
+STATES = ("done", "running", "interrupted", "failed", "missing")
+
+
+@dataclass(frozen=True)
+class SweepJob(Job):
+    """A job of a sweep: `dataset` and `target` are the names that people use."""
+
+    dataset: str
+    target: str
+
+    def __str__(self) -> str:
+        run = self.run
+        return (
+            f"{self.dataset} {run.method}, target {self.target}, trial {run.trial_seed}, hparams {run.hparams_seed}, "
+            f"seed {run.seed}"
+        )
+
+
+def sweep(config: SweepConfig) -> None:
+    """Train all runs of a sweep that are not done, or show how they stand.
+
+    Raises:
+        UserError: for settings that make no sense, before anything is trained; or at the end, if runs failed.
+    """
+    check(config)
+    jobs = jobs_of(config)
+    log = Log()
+    if config.show:
+        show(jobs, log)
+        return
+    states = [state(job.folder) for job in jobs]
+    open_jobs = [job for job, its_state in zip(jobs, states, strict=True) if its_state not in ("done", "running")]
+    log(f"{len(jobs)} runs: {counted(states)}; {len(open_jobs)} to train")
+    errors: list[BaseException] = []
+    with tqdm(total=len(open_jobs), desc="sweep", disable=None) as bar:
+        for job, error in engine(config, open_jobs):
+            done = (
+                f"target accuracy {read_card(job.folder).target_accuracy:.4f}" if error is None else f"FAILED: {error}"
+            )
+            log(f"{job}: {done}")
+            errors += [error] if error is not None else []
+            bar.update()
+    for error in errors:
+        if not isinstance(error, UserError):
+            raise error
+    if errors:
+        raise UserError(
+            f"{len(errors)} of {len(open_jobs)} runs failed: `--show` tells which, the same sweep tries again"
+        )
+    log(f"`qtdog collect {config.output_dir}` makes the tables")
+
+
+def check(config: SweepConfig) -> None:
+    """Raises UserError for numbers that make no sweep."""
+    for name in ("n_trials", "n_hparams", "members"):
+        number = getattr(config, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{dashed(name)} must be at least 1, not {number}")
+    if config.cpus_per_job <= 0 or config.gpus_per_job < 0 or config.retries < 0:
+        raise UserError("--cpus-per-job must be greater than 0, --gpus-per-job and --retries must not be negative")
+    check_jobs(config.jobs)
+    if world_size() > 1:
+        raise UserError("a sweep trains each run in one process: start it without torchrun")
+
+
+def jobs_of(config: SweepConfig) -> list[SweepJob]:
+    """All runs of a sweep, in order. Reads names and settings only, no images."""
+    jobs = {}
+    for dataset in dict.fromkeys(config.datasets):
+        title, domains = domain_names(dataset, config.data_dir)
+        workers = pick_workers(config.num_workers, reads_files=dataset not in DIGITS, jobs=config.jobs)
+        for train_config in train_configs(replace(config, dataset=dataset)):
+            for env in chosen(config.test_envs, title, domains):
+                for seed in range(config.members) if config.members else seeds_of(train_config):
+                    run = settle(train_config, env, seed)
+                    arguments = {**run.to_dict(), "dataset": title}
+                    del arguments["data_dir"]  # the same run wherever the data lies
+                    key = hashlib.md5(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+                    folder = Path(config.output_dir) / key
+                    jobs[key] = SweepJob(run, folder, config.device, workers, title, domains[env])
+    return list(jobs.values())
+
+
+def train_configs(config: SweepConfig) -> Iterator[TrainConfig]:
+    """What `qtdog train` would be told for each method, trial and draw of hyper-parameters.
+
+    A setting that some of the methods do not know is for the others only; one that none of them knows is an error.
+    """
+    shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    unused = {name: set(meaningless(config, METHODS[method_of(name)])) for name in config.methods}
+    for_none = set.intersection(*unused.values())
+    for method, options in unused.items():
+        own = {**shared, **dict.fromkeys(options - for_none), "method": method}
+        for trial_seed in range(config.n_trials):
+            for hparams_seed in range(config.n_hparams):
+                yield TrainConfig(**{**own, "trial_seed": trial_seed, "hparams_seed": hparams_seed})
+
+
+def engine(config: SweepConfig, jobs: Sequence[SweepJob]) -> Iterator[tuple[Job, BaseException | None]]:
+    """Each job with its error, if any, as they end."""
+    if config.engine == "local":
+        return attempts(jobs, config.jobs, carry_on)
+    from qtdog.training.ray_engine import ray_attempts
+
+    return ray_attempts(jobs, carry_on, config)
+
+
+def carry_on(job: Job, progress: bool) -> None:
+    """Start a run, or continue it from its checkpoint; leaves the file `failed` if that cannot be done."""
+    failed = job.folder / "failed"
+    prepare_folder(job.run, job.folder, resume=True, overwrite=False)
+    failed.unlink(missing_ok=True)
+    try:
+        job.train(progress)
+    except Exception as error:
+        write_text(failed, f"{type(error).__name__}: {error}\n")
+        raise
+
+
+def state(folder: Path) -> str:
+    """One of STATES."""
+    if (folder / "done").is_file():
+        return "done"
+    if not (folder / "config.yaml").is_file():
+        return "missing"
+    try:
+        with sole_owner(folder):
+            return "failed" if (folder / "failed").is_file() else "interrupted"
+    except UserError:
+        return "running"
+
+
+def show(jobs: Sequence[SweepJob], log: Log) -> None:
+    """Print every run with its state, and how many there are of each."""
+    states = [state(job.folder) for job in jobs]
+    for job, its_state in zip(jobs, states, strict=True):
+        log(f"{its_state:<11}  {job.folder}  {job}")
+        if its_state == "failed":
+            log(f"{'':<11}  {(job.folder / 'failed').read_text(encoding='utf-8').strip()}")
+    log(f"{len(jobs)} runs: {counted(states)}")
+
+
+def counted(states: Iterable[str]) -> str:
+    """How many there are of each state."""
+    numbers = Counter(states)
+    return ", ".join(f"{numbers[name]} {name}" for name in STATES)

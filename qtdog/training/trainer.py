@@ -1,0 +1,429 @@
+"""Training one run: the loop, the switch to quantized weights, selection, checkpoints, resume."""
+
+import copy
+import datetime
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import qkernels as qk
+from qtdog.config import Quantization, RunConfig
+from qtdog.data import DomainSet, Preprocessing
+from qtdog.data.images import AUGMENTATIONS
+from qtdog.data.loaders import training_batches
+from qtdog.data.splits import seed_hash
+from qtdog.distributed import is_first, mean, merged, rank, share, share_buffers, synchronized, world_size
+from qtdog.environment import describe_environment
+from qtdog.errors import UserError
+from qtdog.methods.algorithms import ALGORITHMS
+from qtdog.methods.averaging import AVERAGING, holding
+from qtdog.methods.presets import METHODS, changed_from_preset
+from qtdog.methods.steps import STEPS
+from qtdog.models import build_model, train_mode
+from qtdog.results.runs import Log, ModelCard, read_records, replace_file, save_model, write_records, write_text
+from qtdog.training.evaluation import accuracy, domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
+
+STATISTICS_BATCHES = 20
+
+
+def prepare_folder(run: RunConfig, folder: Path, resume: bool, overwrite: bool) -> bool:
+    """Whether the run is still to be trained. Raises UserError if the folder holds another run, or half of this one."""
+    stored = folder / "config.yaml"
+    if overwrite or not stored.is_file():
+        written = ("done", "checkpoint.pt", "results.jsonl", "out.txt", "model.json", "model.safetensors")
+        for name in (*written, "disorder.csv"):
+            (folder / name).unlink(missing_ok=True)
+        write_text(stored, yaml.safe_dump(run.to_dict(), sort_keys=False))
+        return True
+    old, new = yaml.safe_load(stored.read_text(encoding="utf-8")), run.to_dict()
+    changed = [f"{name} was {old.get(name)}, is now {new[name]}" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): use another --output-dir, or --overwrite"
+        )
+    if (folder / "done").is_file():
+        return False
+    if (folder / "checkpoint.pt").is_file() and not resume:
+        raise UserError(f"{folder} holds this run unfinished: continue with --resume, or start again with --overwrite")
+    return True
+
+
+def switch(model: nn.Module, optimizer: torch.optim.Optimizer, quantization: Quantization) -> qk.QuantizationReport:
+    """From now on `model` trains through quantized weights, and `optimizer` also trains their scales.
+
+    The weights stay the same Parameters. (The code published with QT-DoG made new ones, which no optimizer knew: after
+    its switch neither weights nor scales were trained. That is `rtn-frozen`: the layers that are quantized are not
+    trained any more; `frozen-backbone` leaves them as they are, float.)
+
+    Returns:
+        What was quantized, or would have been.
+    """
+    quantized = model if quantization.makes_codes else copy.deepcopy(model)
+    report = qk.quantize_(quantized, quantization.qconfig())
+    if quantization.qat_mode != "qat":
+        for layer in report.quantized:
+            model.get_submodule(layer.name).requires_grad_(False)
+    qk.fuse_weights_(model)
+    qk.add_scales_(optimizer, model, lr=quantization.scale_lr)
+    return report
+
+
+def may_be_selected(run: RunConfig, step: int) -> bool:
+    """A quantized method selects among quantized checkpoints only."""
+    return run.quantization is None or step >= run.quantization.complete_from(run.steps)
+
+
+def scale_sizes(model: nn.Module) -> list[tuple[str, float, float, float]]:
+    """Name, mean, least and greatest element of each learned scale as it is used, without its sign; in model order."""
+    sizes = ((name, scale.detach().abs()) for name, scale in qk.named_scales(model))
+    return [(name, size.mean().item(), size.min().item(), size.max().item()) for name, size in sizes]
+
+
+def facts(run: RunConfig, source: str, environment: dict[str, str]) -> list[str]:
+    """On which data, with which presets and versions: lines that the runs of one command have mostly in common."""
+    method, quantization = METHODS[run.method], run.quantization
+    described = "float"
+    if quantization:
+        inputs = f", inputs {quantization.act_bits} bit" if quantization.act_bits else ""
+        described = (
+            f"{quantization.weight_bits} bit per {quantization.granularity}{inputs}, "
+            f"from {quantization.switch_step} ({quantization.quantizer}, {quantization.qat_mode})"
+        )
+    rules = {"loss": method.algorithm, "step": method.step, "averaging": method.averaging}
+    numbers = {"loss": run.loss, "step": run.step, "averaging": run.averaging}
+    told = [
+        f"{kind} {rule}" + "".join(f" {name}={value}" for name, value in numbers[kind].items())
+        for kind, rule in rules.items()
+    ]
+    changed = ", ".join(f"{name}={value}" for name, value in changed_from_preset(run).items())
+    return [
+        f"data: {source}",
+        "environment: " + ", ".join(f"{name} {value}" for name, value in environment.items()),
+        f"method preset {run.method}: {', '.join(told)}, {described}",
+        f"protocol preset {run.dataset}, of {run.method}: {'changed ' + changed if changed else 'unchanged'}",
+    ]
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of our own; on leaving, the caller's generators are as before. cuDNN without nondeterminism."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        torch.manual_seed(seed)
+        yield
+
+
+def train(
+    run: RunConfig,
+    dataset: DomainSet,
+    folder: Path,
+    preprocessing: Preprocessing | None,
+    device: torch.device,
+    workers: int = 0,
+    shown: bool = True,
+    count: Callable[[int], object] = lambda steps: None,
+) -> ModelCard:
+    """Train one run in `folder`, from its last checkpoint if there is one, and write the selected model there.
+
+    Args:
+        workers: processes that read images.
+        shown: print the log, which is kept in `folder` in any case, and on a terminal a progress bar.
+        count: is told of steps as they are done.
+
+    Raises:
+        UserError: for a loss that is not finite (the last checkpoint stays), or data other than the checkpoint's.
+    """
+    with seeded(seed_hash(run.seed, "model"), device):
+        trainer = Trainer(run, dataset, folder, device, workers, shown)
+        trainer.restore()
+        count(trainer.start)
+        trainer.run_steps(count)
+        return trainer.finish(preprocessing)
+
+
+class Trainer:
+    """The model, the optimizer and all else that changes while a run trains."""
+
+    def __init__(
+        self, run: RunConfig, dataset: DomainSet, folder: Path, device: torch.device, workers: int, shown: bool
+    ) -> None:
+        self.run, self.dataset, self.folder, self.device, self.workers = run, dataset, folder, device, workers
+        self.method = METHODS[run.method]
+        self.target = dataset.domains[run.test_env].name
+        self.sources = sources(run, dataset)
+        self.environment = describe_environment(device)
+        self.log = Log(folder / "out.txt", shown)
+        self.announce()
+
+        parts = domain_parts(run, dataset)
+        self.train_parts = [parts[f"env{env}_in"] for env in self.sources]
+        self.images = evaluation_images(run, dataset, parts, workers)
+        channels = dataset.image_shape[0]
+        size = dataset.image_shape[-1]
+        model = build_model(run.backbone, len(dataset.classes), channels, run.weights, run.dropout, self.log, size)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.network = synchronized(self.model)  # what is trained: the same model, in one or several processes
+        self.float_nbytes = qk.packed_nbytes(model)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+        self.loss = partial(ALGORITHMS[self.method.algorithm], **run.loss)
+        self.take_step = STEPS[self.method.step](**run.step)
+        self.averaging = AVERAGING[self.method.averaging](**run.averaging)
+        self.scaler = torch.amp.GradScaler(device.type) if run.precision == "float16" else None
+        self.start = 0
+        self.records: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # step, validation accuracy, accuracies, and the model's state dict
+
+    def announce(self) -> None:
+        """Say what runs; on which data, with which presets and versions, is kept and not said again for every run."""
+        run = self.run
+        self.log(
+            f"{self.method.label} on {self.dataset.name}, target domain {self.target}, trial {run.trial_seed}, "
+            f"seed {run.seed} -> {self.folder}"
+        )
+        for fact in facts(run, self.dataset.source, self.environment):
+            self.log.keep(fact)
+
+    def run_steps(self, count: Callable[[int], object]) -> None:
+        """All steps from `start` on, with an evaluation and a checkpoint at every `checkpoint_freq`-th and the last."""
+        run = self.run
+        losses: list[float] = []
+        began = time.perf_counter()
+        train_mode(self.model, run.freeze_bn)
+        bar_off = None if self.log.shown and is_first() else True  # None: off where there is no terminal
+        bar = tqdm(total=run.steps, initial=self.start, desc=f"{self.method.label} {self.target}", disable=bar_off)
+        with bar:
+            for step, batch in enumerate(self.batches(self.start, run.steps), self.start):
+                if self.averaging.finished:
+                    self.log(f"the averaging rule ends the run before step {step}")
+                    return
+                self.quantize(step)
+                losses.append(self.train_on(batch, step))
+                if not math.isfinite(losses[-1]):
+                    raise UserError(
+                        f"the loss is {losses[-1]} at step {step} of {self.folder}: try a smaller --lr or --scale-lr; "
+                        "the last checkpoint is kept"
+                    )
+                if step % run.checkpoint_freq == 0 or step == run.steps - 1:
+                    mean_loss, step_time = sum(losses) / len(losses), (time.perf_counter() - began) / len(losses)
+                    self.checkpoint(step, mean_loss, step_time)
+                    losses, began = [], time.perf_counter()
+                bar.update()
+                count(1)
+
+    def batches(self, start: int, stop: int, whole: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """This process's share of the minibatches of these steps, or the `whole` of them.
+
+        Each is one (images, labels) a source domain, on the device.
+        """
+        run = self.run
+        augment, part = AUGMENTATIONS[run.augmentation].train, (0, 1) if whole else (rank(), world_size())
+        for batch in training_batches(
+            self.train_parts, run.batch_size, run.seed, start, stop, self.workers, augment, part
+        ):
+            yield [
+                (x.to(self.device, memory_format=torch.channels_last, non_blocking=True), y.to(self.device))
+                for x, y in batch
+            ]
+
+    def quantize(self, step: int) -> None:
+        """What the method's quantization has to do before the update of `step`."""
+        quantization = self.run.quantization
+        if quantization is None:
+            return
+        if step == quantization.switch_step:
+            report = switch(self.model, self.optimizer, quantization)
+            self.network = synchronized(self.model)
+            what = "quantized" if quantization.makes_codes else "frozen"
+            kept = ", ".join(report.skipped) or "none"
+            self.log(f"step {step}: {len(report.quantized)} layers {what}, float layers: {kept}")
+        snaps = quantization.snaps(self.run.steps)
+        if step in snaps:
+            qk.snap_(self.model, snaps[step])
+            self.log(f"step {step}: {snaps[step]:.1%} of the weights frozen at powers of two")
+
+    def train_on(self, batch: list[tuple[Tensor, Tensor]], step: int) -> float:
+        """One update; returns the loss before it."""
+        run = self.run
+
+        def loss() -> Tensor:
+            # Dropout's numbers are those of this step: whether or not the run was resumed, and in both passes of SAM.
+            # Each process has other images, so the first alone has the numbers of a run in one process.
+            torch.manual_seed(seed_hash(run.seed, "step", step, *([rank()] if rank() else [])))
+            with torch.autocast(self.device.type, getattr(torch, run.precision), enabled=run.precision != "float32"):
+                return self.loss(self.network, batch)
+
+        torch.manual_seed(seed_hash(run.seed, "step rule", step))
+        value = mean(self.take_step(loss, self.network, self.optimizer, self.scaler))
+        self.averaging.update(self.model, step)
+        return value.item()
+
+    def evaluate(self, step: int) -> tuple[dict[str, float], bool]:
+        """Accuracies after the update of `step`, by the averaged weights where the method says so, and whether it did.
+
+        If this model may be selected and is the best so far, it is kept.
+        """
+        run, averaging = self.run, self.averaging
+        share_buffers(self.model)
+        if averaging.needs_loss:
+            self.model.eval()
+            losses = [mean_loss(self.model, [self.images[f"env{env}_out"]], self.device) for env in self.sources]
+            averaging.end_segment(step, sum(losses) / len(losses))
+        final = step == run.steps - 1 or averaging.finished
+        weights = averaging.averaged_weights(final)
+        with holding(self.model, weights, None if run.freeze_bn else self.statistics_images()):
+            names = list(self.images)
+            own = {name: accuracy(self.model, self.images[name], self.device) for name in share(names)}
+            accuracies = {f"{name}_acc": value for name, value in merged(own, names).items()}
+            validation = mean_out_accuracy(accuracies, self.sources)
+            selectable = may_be_selected(run, step) and (final or not averaging.final_only)
+            if selectable and (self.best is None or validation > self.best["validation"]):
+                state = {name: value.detach().clone().cpu() for name, value in self.model.state_dict().items()}
+                self.best = {"step": step, "validation": validation, "accuracies": accuracies, "model": state}
+        train_mode(self.model, run.freeze_bn)
+        return accuracies, weights is not None
+
+    def statistics_images(self) -> Iterator[Tensor]:
+        """Training images on which an averaged model's BatchNorm statistics are estimated, the same every time."""
+        return (torch.cat([x for x, _ in batch]) for batch in self.batches(0, STATISTICS_BATCHES, whole=True))
+
+    def checkpoint(self, step: int, loss: float, step_time: float) -> None:
+        """Evaluate after the update of `step`, keep the model if it is the best so far, and write it all down."""
+        began = time.perf_counter()
+        accuracies, averaged = self.evaluate(step)
+        smallest = min(len(part.indices) for part in self.train_parts)
+        quantization = self.run.quantization
+        quantized = quantization is not None and quantization.makes_codes and may_be_selected(self.run, step)
+        record = {
+            "step": step,
+            "epoch": step * self.run.batch_size / smallest,
+            "loss": loss,
+            "step_time": step_time,
+            "eval_time": time.perf_counter() - began,
+            **accuracies,
+            "quantized": quantized,
+            "averaged": averaged,
+            "scales": scale_sizes(self.model),
+            "data_source": self.dataset.source,
+            "args": self.domainbed_args(),
+            "hparams": self.run.to_dict(),
+            "environment": self.environment,
+        }
+        if self.device.type == "cuda":
+            record["mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.records.append(record)
+        write_records(self.folder / "results.jsonl", self.records)
+        for name, text in self.take_step.files().items():
+            write_text(self.folder / name, text)
+        stored = {
+            "step": step,
+            "data": self.data_fingerprint(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step_rule": self.take_step.state_dict(),
+            "averaging": self.averaging.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "best": self.best,
+        }
+        replace_file(self.folder / "checkpoint.pt", partial(torch.save, stored))
+        self.log(
+            f"step {step:>5}  loss {loss:.4f}  source out {mean_out_accuracy(accuracies, self.sources):.4f}  "
+            f"target in {accuracies[f'env{self.run.test_env}_in_acc']:.4f}  {step_time:.3f} s/step  "
+            f"{'quantized' if quantized else 'float'}{', averaged' if averaged else ''}"
+        )
+
+    def restore(self) -> None:
+        """Continue after the last checkpoint, if there is one."""
+        file = self.folder / "checkpoint.pt"
+        if not file.is_file():
+            return
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        if stored["data"] != self.data_fingerprint():
+            raise UserError(
+                f"{self.folder} was trained on other data ({stored['data']['source']}, not {self.dataset.source}): "
+                "bring that back, or start again with --overwrite"
+            )
+        self.start = stored["step"] + 1
+        if self.run.quantization and self.start > self.run.quantization.switch_step:
+            switch(self.model, self.optimizer, self.run.quantization)
+            self.network = synchronized(self.model)
+        self.model.load_state_dict(stored["model"])
+        self.optimizer.load_state_dict(stored["optimizer"])
+        self.take_step.load_state_dict(stored["step_rule"])
+        self.averaging.load_state_dict(stored["averaging"], self.device)
+        if self.scaler:
+            self.scaler.load_state_dict(stored["scaler"])
+        self.best = stored["best"]
+        # A kill between the two writes of `checkpoint` leaves a record that will be made again.
+        self.records = [r for r in read_records(self.folder / "results.jsonl") if r["step"] < self.start]
+        self.log(f"resumed after step {stored['step']}")
+
+    def finish(self, preprocessing: Preprocessing | None) -> ModelCard:
+        """Write the selected model and mark the run as done."""
+        assert self.best is not None  # settings whose switch is never reached are refused before training
+        quantization = self.run.quantization if self.run.quantization and self.run.quantization.makes_codes else None
+        card = ModelCard(
+            config=self.run.to_dict(),
+            dataset=self.dataset.name,
+            data_source=self.dataset.source,
+            domains=[domain.name for domain in self.dataset.domains],
+            target=self.target,
+            classes=self.dataset.classes,
+            image_shape=list(self.dataset.image_shape),
+            preprocessing=asdict(preprocessing) if preprocessing else None,
+            backbone=self.run.backbone,
+            quantization=quantization.qconfig().to_dict() if quantization else None,
+            selection=self.selection(),
+            selected_step=self.best["step"],
+            source_validation_accuracy=self.best["validation"],
+            accuracies=self.best["accuracies"],
+            nbytes=qk.packed_nbytes(self.model),
+            float_nbytes=self.float_nbytes,
+            environment=self.environment,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        save_model(self.folder, self.best["model"], card)
+        write_text(self.folder / "done", "done\n")
+        self.log(f"selected step {card.selected_step}, target accuracy {card.target_accuracy:.4f}")
+        return card
+
+    def selection(self) -> str:
+        """How the model was chosen, for tables."""
+        quantized = "quantized " if self.run.quantization and self.run.quantization.makes_codes else ""
+        if self.averaging.final_only:
+            return f"the {quantized}average at the end of the run, from source validation losses"
+        averaged = " of averaged weights" if self.method.averaging != "none" else ""
+        return (
+            f"source validation, the {quantized}checkpoint{averaged} with the best mean accuracy on the source "
+            "domains' out parts"
+        )
+
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a resumed run."""
+        return {"source": self.dataset.source, "images": [len(domain.labels) for domain in self.dataset.domains]}
+
+    def domainbed_args(self) -> dict[str, Any]:
+        """What DomainBed's result collector groups by."""
+        return {
+            "dataset": self.dataset.name,
+            "algorithm": self.method.label,
+            "task": "domain_generalization",
+            "test_envs": [self.run.test_env],
+            "trial_seed": self.run.trial_seed,
+            "seed": self.run.seed,
+            "hparams_seed": self.run.hparams_seed,
+            "holdout_fraction": self.run.holdout_fraction,
+            "steps": self.run.steps,
+            "checkpoint_freq": self.run.checkpoint_freq,
+            "data_dir": self.run.data_dir,
+            "output_dir": str(self.folder),
+        }

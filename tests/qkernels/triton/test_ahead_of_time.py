@@ -1,0 +1,323 @@
+"""The Triton kernels compiled for GPUs that need not be here: registers, spills, instructions.
+
+Run as a script it compiles every kernel for one architecture and prints a JSON object; the tests do so in a subprocess,
+because TRITON_INTERPRET=1 in this process leaves nothing to compile.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+WIDE_LOAD, WIDE_STORE = "ld.global.v4.b32", "st.global.v4.b32"
+MAX_REGISTERS = 128  # two programs of 256 threads, or sixteen warps, on a multiprocessor of 65536 registers
+MAX_CONV_REGISTERS = 255  # one program of 256 threads; the tile of sums alone takes 64 a thread
+
+
+def compile_all(architecture: int) -> dict[str, dict]:
+    """name -> {"registers", "stack_bytes", "instructions"} of each kernel, at the launch parameters of the table."""
+    import triton.language as tl
+
+    from qkernels.triton import fake_quantize, fake_quantize_multi, launch, mean_abs
+
+    parameters = launch._TABLE[None]
+    compiled = {}
+
+    def add(name, kernel, launched_as, pointers, constants, aligned=True, integer="i32"):
+        floats = {"qmin", "qmax", "inside_min", "inside_max", "factor"}
+        types = {a: "constexpr" if a in constants else pointers.get(a, integer) for a in kernel.arg_names}
+        types |= {a: "fp32" for a in kernel.arg_names if a in floats}
+        # What a launch finds out by itself, of arguments it may specialize: addresses and extents that 16 divides.
+        may_divide = {*pointers, "kept", "summed", "kept_stride", "summed_stride", "segment"}
+        by_16 = [a for a in types if a in may_divide and a not in constants]
+        compiled[name] = compile_kernel(
+            kernel,
+            architecture,
+            types,
+            constants,
+            by_16 if aligned else [],
+            num_warps=parameters[launched_as].num_warps,
+        )
+
+    def tiles(launched_as):
+        block = parameters[launched_as].block
+        return {
+            "rows": {"summed_stride": 1, "BLOCK_KEPT": 1, "BLOCK_SUMMED": block},
+            "short rows": {"summed_stride": 1, "BLOCK_KEPT": 16, "BLOCK_SUMMED": block // 16},
+            "columns": {"kept_stride": 1, "BLOCK_KEPT": 128, "BLOCK_SUMMED": block // 128},
+        }
+
+    names = ("x_ptr", "y_ptr", "grad_ptr", "grad_x_ptr")
+    for dtype, tl_dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
+        scales = ("scale_ptr", "offset_ptr", "scale_sums_ptr", "offset_sums_ptr", "sums_ptr")
+        pointers = dict.fromkeys(names, "*" + dtype) | dict.fromkeys(scales, "*fp32")
+        no_offset = {"offset_ptr": None, "offset_sums_ptr": None}
+        for shape, constants in tiles("forward").items():
+            forward = fake_quantize._forward_kernel
+            add(f"forward {dtype} {shape}", forward, "forward", pointers, constants | {"offset_ptr": None})
+            add(f"forward offset {dtype} {shape}", forward, "forward", pointers, constants)
+        for shape, constants in tiles("backward").items():
+            backward = fake_quantize._backward_kernel
+            add(f"backward {dtype} {shape}", backward, "backward", pointers, constants | no_offset)
+            add(f"backward offset {dtype} {shape}", backward, "backward", pointers, constants)
+            no_sums = no_offset | {"scale_sums_ptr": None}
+            add(f"backward without sums {dtype} {shape}", backward, "backward", pointers, constants | no_sums)
+        for shape, constants in tiles("mean_abs").items():
+            add(f"mean_abs {dtype} {shape}", mean_abs._abs_sums_kernel, "mean_abs", pointers, constants)
+        rows = tiles("forward")["rows"] | {"offset_ptr": None}
+        add(f"unaligned {dtype}", fake_quantize._forward_kernel, "forward", pointers, rows, aligned=False)
+        add(f"huge {dtype}", fake_quantize._forward_kernel, "forward", pointers, rows, integer="i64")
+        table = {"table_ptr": "*i64", "partials_ptr": "*fp32"}
+        types = {"X_TYPE": tl_dtype, "LAYERS": 64, "BLOCK": parameters["multi_forward"].block}
+        forward, backward = fake_quantize_multi._forward_kernel, fake_quantize_multi._backward_kernel
+        add(f"multi forward {dtype}", forward, "multi_forward", table, types | {"OUT_TYPE": tl_dtype})
+        types |= {"GRAD_TYPE": tl_dtype, "PARAM_GRADS": True, "BLOCK": parameters["multi_backward"].block}
+        add(f"multi backward {dtype}", backward, "multi_backward", table, types | {"partials_ptr": None})
+        add(f"multi backward partials {dtype}", backward, "multi_backward", table, types)
+    fold = {"BLOCK": parameters["multi_fold"].block}
+    add("multi fold", fake_quantize_multi._fold_kernel, "multi_fold", table, fold)
+    return compiled
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.launches: list[tuple[tuple, dict]] = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((arguments, options))
+
+
+def compile_packed(architecture: int) -> dict[str, dict]:
+    """What `compile_all` gives, of the kernels of packed inference, at the launches of layers of ResNet-50 and others.
+
+    The layers run on CPU tensors, with a recorder in the place of each kernel, as if this were a GPU of 132
+    multiprocessors.
+    """
+    import torch
+
+    from qkernels.ops.packed_conv2d import Geometry, packed_bytes
+    from qkernels.triton import packed_conv2d, packing, tuning
+
+    tuning._multiprocessors = lambda device: 132
+    modules = {
+        packed_conv2d: ("conv_kernel", "fold_kernel", "depthwise_kernel"),
+        packing: ("_pack_kernel", "_unpack_kernel", "_quantize_kernel"),
+    }
+    recorders = {name: Recorder(getattr(module, name)) for module, names in modules.items() for name in names}
+    for module, names in modules.items():
+        for name in names:
+            setattr(module, name, recorders[name])
+
+    def conv(x_dtype, in_shape, channels, kernel, stride=1, groups=1, residual=True, bits=7):
+        """One layer of two members, 32 images each or for 7x7 images one; padded to the same size."""
+        n, pad = 2 * (1 if in_shape[1] == 7 else 32), kernel // 2
+        geometry = Geometry((kernel, kernel), (stride, stride), (pad,) * 4, (1, 1), groups)
+        x = torch.zeros(n, *in_shape, dtype=x_dtype).to(memory_format=torch.channels_last)
+        packed = torch.zeros(2, packed_bytes(channels * kernel**2 * in_shape[0] // groups, bits), dtype=torch.uint8)
+        scale, ones = torch.zeros(2, channels), torch.zeros(2)
+        out = torch.zeros(n, channels, *geometry.output_size(*in_shape[1:]), dtype=x_dtype) if residual else None
+        if x_dtype.is_floating_point:
+            packed_conv2d.packed_conv2d(x, packed, scale, scale, out, bits, *geometry.arguments, False, "relu")
+        else:
+            vectors = (scale, scale, out, ones if residual else None, ones, bits)
+            packed_conv2d.packed_conv2d_int8(
+                x, ones, packed, *vectors, *geometry.arguments, False, "relu6", 0, torch.iinfo(x_dtype).max, x_dtype
+            )
+
+    compiled = {}
+
+    def add(name, run):
+        run()
+        for recorder in recorders.values():
+            for arguments, options in recorder.launches:
+                fold = " fold" if recorder is recorders["fold_kernel"] else ""
+                compiled[name + fold] = compile_launch(recorder.kernel, architecture, arguments, dict(options))
+            recorder.launches.clear()
+
+    deep, late, narrow = (128, 28, 28), (512, 7, 7), (24, 56, 56)
+    add("conv int8 shifted", lambda: conv(torch.uint8, deep, 128, 3))
+    add("conv int8", lambda: conv(torch.int8, deep, 128, 3))
+    add("conv int8 split", lambda: conv(torch.uint8, late, 512, 3))
+    add("conv int8 narrow", lambda: conv(torch.uint8, narrow, 144, 1, residual=False))
+    add("conv int8 odd words", lambda: conv(torch.uint8, (20, 28, 28), 64, 1, residual=False))
+    add("conv int8 stem", lambda: conv(torch.uint8, (3, 112, 112), 64, 7, stride=2, residual=False))
+    add("conv bf16", lambda: conv(torch.bfloat16, deep, 128, 3))
+    add("conv bf16 stem", lambda: conv(torch.bfloat16, (3, 112, 112), 64, 7, stride=2, residual=False))
+    add("conv fp32", lambda: conv(torch.float32, deep, 128, 3))
+    add("depthwise int8", lambda: conv(torch.uint8, (144, 56, 56), 144, 3, groups=144, residual=False))
+    add("depthwise bf16", lambda: conv(torch.bfloat16, (144, 56, 56), 144, 3, groups=144, residual=False))
+    packed, scale = torch.zeros(2, packed_bytes(6400, 7), dtype=torch.uint8), torch.ones(2, 64)
+    add("pack", lambda: packing.pack(torch.zeros(6400, dtype=torch.int8), 7))
+    add("unpack", lambda: packing.unpack(packed, 7, 6400, True))
+    add("dequantize", lambda: packing.dequantize_packed(packed, scale, 7, 6400, torch.float32))
+    add("quantize", lambda: packing.quantize(torch.zeros(4096), torch.ones(()), 0, 255, None))
+    return compiled
+
+
+def compile_launch(kernel, architecture, arguments, options) -> dict:
+    """Compile a kernel as a launch with these arguments would."""
+    from triton.runtime.jit import mangle_type
+
+    constants = {a: options.pop(a) for a in kernel.arg_names if a in options}
+    types, by_16 = dict.fromkeys(constants, "constexpr"), []
+    for name, value in zip(kernel.arg_names, arguments, strict=False):
+        types[name] = mangle_type(value, specialize=name not in kernel.do_not_specialize)
+        if types[name] == "constexpr":
+            constants[name] = value
+        elif types[name].startswith("*") or (name not in kernel.do_not_specialize and value % 16 == 0):
+            by_16.append(name)
+    types = {name: types[name] for name in kernel.arg_names}
+    return compile_kernel(kernel, architecture, types, constants, by_16, **options)
+
+
+def compile_kernel(kernel, architecture, types, constants, by_16, **options) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in by_16}
+    binary = triton.compile(
+        ASTSource(kernel, types, constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"enable_fp_fusion": False} | options,
+    )
+    beside_triton = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    cuobjdump = str(beside_triton) if beside_triton.exists() else shutil.which("cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    ptx = binary.asm["ptx"]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "instructions": sorted(set(re.findall(r"^\s*(?:@%?!?%?\w+ )?([a-z]\w*(?:\.\w+)+)", ptx, re.MULTILINE))),
+        "copied_bytes": sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\..*?\], (\w+)", ptx)}),
+        "constants": sorted(set(re.findall(r"0f[0-9A-F]{8}", ptx))),
+    }
+
+
+def compile_elsewhere(which: str, architecture: int, tmp_path_factory) -> dict[str, dict]:
+    """What the function `which` of this file returns, in a process without the interpreter."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("QKERNELS_")}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, __file__, which, str(architecture)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+# .ci/run compiles for both, with the oldest Triton.
+@pytest.fixture(
+    scope="module", params=[pytest.param(80, marks=pytest.mark.nightly, id="sm_80"), pytest.param(90, id="sm_90")]
+)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compiled(architecture, tmp_path_factory):
+    return compile_elsewhere("compile_all", architecture, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def packed(architecture, tmp_path_factory):
+    return compile_elsewhere("compile_packed", architecture, tmp_path_factory)
+
+
+def test_registers_and_spills(compiled):
+    for name, kernel in compiled.items():
+        assert kernel["stack_bytes"] == 0, f"{name} spills {kernel['stack_bytes']} bytes"
+        assert kernel["registers"] <= MAX_REGISTERS, f"{name} takes {kernel['registers']} registers"
+
+
+def test_arithmetic_is_ieee(compiled):
+    """Division rounded to nearest, nothing fused or flushed to zero, and the rounding to integers not folded away."""
+    for name, kernel in compiled.items():
+        instructions = kernel["instructions"]
+        forbidden = [i for i in instructions if re.match(r"div\.(full|approx)|fma\.|mad\.\w*f32|rcp|.*ftz", i)]
+        assert not forbidden, f"{name}: {forbidden}"
+        if "mean_abs" not in name and "fold" not in name:
+            assert "div.rn.f32" in instructions, name
+        if "without sums" not in name and "mean_abs" not in name and "fold" not in name:
+            assert {"0f4B400000", "0fCB400000"} <= set(kernel["constants"]), f"{name}: v + 1.5*2**23 - 1.5*2**23"
+
+
+def test_accesses_are_16_bytes_wide(compiled):
+    for name, kernel in compiled.items():
+        if "fold" in name or "unaligned" in name:
+            continue
+        assert WIDE_LOAD in kernel["instructions"], name
+        assert WIDE_STORE in kernel["instructions"] or "mean_abs" in name, name
+
+
+def test_unaligned_accesses_are_narrow(compiled):
+    for name, kernel in compiled.items():
+        if "unaligned" in name:
+            assert not [i for i in kernel["instructions"] if re.match(r"(ld|st)\.global.*\.v\d", i)], name
+
+
+def test_bfloat16_is_rounded_to_nearest_even(compiled):
+    for name, kernel in compiled.items():
+        if "bf16" in name and "forward" in name:
+            assert any(re.match(r"cvt\.rn\.bf16(x2)?\.f32", i) for i in kernel["instructions"]), name
+
+
+def test_packed_registers_and_spills(packed):
+    for name, kernel in packed.items():
+        assert kernel["stack_bytes"] == 0, f"{name} spills {kernel['stack_bytes']} bytes"
+        most = MAX_CONV_REGISTERS if name.startswith("conv") else MAX_REGISTERS
+        assert kernel["registers"] <= most, f"{name} takes {kernel['registers']} registers"
+
+
+def test_convolutions_run_on_tensor_cores(packed, architecture):
+    products = {
+        80: {"int8": "mma.sync.*.m16n8k32.*.s8.s8", "bf16": "mma.sync.*.bf16.bf16", "fp32": "mma.sync.*.tf32.tf32"},
+        90: {"int8": "wgmma.mma_async.*.s8.s8", "bf16": "wgmma.mma_async.*.bf16.bf16", "fp32": "wgmma.*.tf32.tf32"},
+    }
+    convolutions = {name: kernel for name, kernel in packed.items() if re.match("conv (?!.*fold)", name)}
+    assert len(convolutions) == 9
+    for name, kernel in convolutions.items():
+        pattern = products[architecture][name.split()[1]]
+        assert any(re.match(pattern, i) for i in kernel["instructions"]), name
+
+
+def test_convolutions_load_ahead(packed):
+    """Codes and x travel to shared memory while the tensor cores work, as wide as their alignment allows.
+
+    Codes take 8 bytes at a time. The three channels of a stem are too narrow to travel so.
+    """
+    for name, kernel in packed.items():
+        if re.match("conv (?!.*(fold|stem))", name):
+            copies = [4] if "odd words" in name else [8] if "narrow" in name else [8, 16]
+            assert kernel["copied_bytes"] == copies, name
+            assert WIDE_STORE in kernel["instructions"], name
+
+
+def test_packed_arithmetic_is_ieee(packed):
+    for name, kernel in packed.items():
+        instructions = kernel["instructions"]
+        forbidden = [i for i in instructions if re.match(r"div\.(full|approx)|fma\.|mad\.\w*f32|rcp|.*ftz", i)]
+        assert not forbidden, f"{name}: {forbidden}"
+        if name == "quantize" or ("int8" in name and name != "conv int8 split"):
+            assert "div.rn.f32" in instructions, name
+            assert {"0f4B400000", "0fCB400000"} <= set(kernel["constants"]), f"{name}: v + 1.5*2**23 - 1.5*2**23"
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](int(sys.argv[2]))))

@@ -1,0 +1,172 @@
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import qkernels as qk
+from qtdog.cli import main
+from qtdog.config import EnsembleConfig
+from qtdog.data import load_dataset
+from qtdog.data.splits import split
+from qtdog.deployment import ensemble
+from qtdog.errors import UserError
+from qtdog.results.runs import load_model, read_records
+from qtdog.training.evaluation import combine_logits, member_accuracies
+
+
+def test_mean_of_logits_is_not_mean_of_probabilities():
+    # one member is very sure of class 0, two lean to class 1
+    logits = torch.tensor([[[9.0, 0.0]], [[0.0, 2.0]], [[0.0, 2.0]]])
+    eoq = combine_logits(logits, "logits")
+    torch.testing.assert_close(eoq, torch.tensor([[9 / 3, 4 / 3]]).softmax(-1))
+    assert eoq.argmax() == 0
+    probs = combine_logits(logits, "probs")
+    torch.testing.assert_close(probs, torch.stack([row.softmax(-1) for row in logits]).sum(0) / 3)
+    assert probs.argmax() == 1
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """A copy of the trained runs, to write ensembles into."""
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combine", ["logits", "probs"])
+def test_ensemble_of_trained_members(runs, digits_dir, capsys, combine):
+    assert main(["ensemble", str(runs), "--combine", combine, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "one run of erm on RotatedMNIST, target 0, trial 0: no ensemble of one" in out
+    assert "EoQ of 2 members on RotatedMNIST, target domain 0, trial 0" in out
+    members = [runs / "RotatedMNIST" / "qtdog" / "0" / f"trial0_seed{seed}" for seed in (0, 1)]
+    folder = members[0].parent / "trial0_ensemble"
+    (record,) = read_records(folder / "results.jsonl")
+
+    dataset = load_dataset("RotatedMNIST", str(digits_dir), None)
+    models = [load_model(member) for member in members]
+    for name in ["env0_in", *(f"env{env}_out" for env in range(6))]:
+        env, part = int(name[3]), name[5:]
+        indices = split(20, 0.2, 0, env)[part == "out"]
+        images, labels = dataset.domains[env].images(indices, False), dataset.domains[env].labels[indices]
+        with torch.no_grad():
+            outputs = [model(images) if combine == "logits" else model(images).softmax(-1) for model in models]
+        expected = ((outputs[0] + outputs[1]).argmax(-1) == labels).double().mean().item()
+        assert record[f"{name}_acc"] == expected
+    assert record["target_accuracy"] == record["env0_in_acc"] and record["combine"] == combine
+    manifest = json.loads((folder / "members.json").read_text())
+    assert [member["seed"] for member in manifest["members"]] == [0, 1]
+    cards = [json.loads((member / "model.json").read_text()) for member in members]
+    for member, card in zip(manifest["members"], cards, strict=True):
+        assert member["accuracies"]["env0_in_acc"] == card["accuracies"]["env0_in_acc"]
+    packed = qk.PackedEnsemble.load(folder / "packed")
+    assert record["nbytes"] == packed.nbytes == sum(card["nbytes"] for card in cards)
+    expected = torch.stack([model(images) for model in models])
+    torch.testing.assert_close(
+        packed.member_logits(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
+
+
+def test_output_dir(runs, tmp_path):
+    written = ensemble.make_ensembles(EnsembleConfig([str(runs)], output_dir=str(tmp_path / "e"), device="cpu"))
+    assert written == [tmp_path / "e" / "RotatedMNIST" / "qtdog" / "0" / "trial0_ensemble"]
+    assert (written[0] / "members.json").is_file()
+
+
+@pytest.mark.slow
+def test_members_of_a_sweep(runs, tmp_path, digits_dir):
+    """Folders named by a hash, two settings, two draws each: one ensemble a setting, of the best draws."""
+    trained, sweep = runs / "RotatedMNIST" / "qtdog" / "0", tmp_path / "sweep"
+    made = {}
+    for mode in ("qat", "rtn-frozen"):
+        for seed in (0, 1):
+            for draw in (0, 1):
+                name = f"{mode}{seed}{draw}"
+                made[name] = shutil.copytree(trained / f"trial0_seed{seed}", sweep / name)
+                card = json.loads((made[name] / "model.json").read_text())
+                card["config"]["hparams_seed"] = draw
+                card["config"]["quantization"]["qat_mode"] = mode
+                card["source_validation_accuracy"] = 0.5 + (draw == seed)
+                (made[name] / "model.json").write_text(json.dumps(card))
+    written = ensemble.make_ensembles(EnsembleConfig([str(sweep)], device="cpu"))
+    place = sweep / "ensembles" / "RotatedMNIST" / "qtdog" / "0"
+    assert written == [place / f"trial0_qat-mode_{mode}_ensemble" for mode in ("qat", "rtn-frozen")]
+    for mode, folder in zip(("qat", "rtn-frozen"), written, strict=True):
+        members = json.loads((folder / "members.json").read_text())["members"]
+        assert [member["folder"] for member in members] == [str(made[f"{mode}00"]), str(made[f"{mode}11"])]
+        (record,) = read_records(folder / "results.jsonl")
+        assert record["settings"]["qat_mode"] == mode and "seed" not in record["settings"]
+    assert main(["collect", str(sweep)]) == 0
+    assert "EoQ, qat-mode rtn-frozen" in (sweep / "table.txt").read_text()
+
+
+def change(folder, **values):
+    card = json.loads((folder / "model.json").read_text())
+    for name, value in values.items():
+        if name in card:
+            card[name] = value
+        else:
+            card["config"][name] = value
+    (folder / "model.json").write_text(json.dumps(card))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"classes": ["a"]}, "differ in classes"),
+        ({"data_source": "other"}, "differ in data_source"),
+        ({"holdout_fraction": 0.3}, "differ in holdout_fraction"),
+        ({"seed": 0}, "have the same method, settings, target, trial, seed"),
+    ],
+)
+def test_members_that_do_not_belong_together(runs, values, told):
+    change(runs / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1", **values)
+    with pytest.raises(UserError, match=told):
+        ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
+
+
+def test_data_that_changed_since_training(runs):
+    for seed in (0, 1):
+        change(runs / "RotatedMNIST" / "qtdog" / "0" / f"trial0_seed{seed}", domains=["a", "b"])
+    with pytest.raises(UserError, match="see --data-dir"):
+        ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("RotatedMNIST/erm", "no two runs share"), ("nowhere", "is not a folder"), ("empty", "holds no finished run")],
+)
+def test_nothing_to_average(runs, place, told):
+    (runs / "empty").mkdir()
+    with pytest.raises(UserError, match=told):
+        ensemble.make_ensembles(EnsembleConfig([str(runs / place)], device="cpu"))
+
+
+def test_broken_card(runs):
+    member = runs / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1"
+    (member / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a model card"):
+        ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
+    with pytest.raises(UserError, match=r"holds no model\.json"):
+        load_model(member.parent)
+
+
+def test_images_are_read_once_for_all_members():
+    reads = []
+
+    class Images:
+        part = SimpleNamespace(indices=range(4))
+
+        def __iter__(self):
+            reads.append(None)
+            yield torch.ones(3, 1, 1, 2), torch.tensor([0, 1, 0])
+            yield torch.zeros(1, 1, 1, 2), torch.tensor([1])
+
+    def member_logits(images):
+        assert images.dim() == 4
+        always = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        return always[:, None].expand(3, len(images), 2)
+
+    together, alone = member_accuracies(member_logits, Images(), "logits", torch.device("cpu"))
+    assert (together, alone) == (0.5, [0.5, 0.5, 0.5]) and len(reads) == 1

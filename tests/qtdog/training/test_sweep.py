@@ -1,0 +1,227 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from qtdog.cli import main
+from qtdog.config import SweepConfig, TrainConfig
+from qtdog.errors import UserError
+from qtdog.methods.hparams import random_hparams
+from qtdog.methods.presets import settle
+from qtdog.results.runs import read_records
+from qtdog.training import jobs as leave_one_out
+from qtdog.training import sweep
+
+TINY = ["--batch-size", "2", "--device", "cpu", "--steps", "3", "--checkpoint-freq", "1", "--eval-train-images", "4"]
+
+
+def arguments(digits_dir, output, *more):
+    return ["sweep", *TINY, "--data-dir", str(digits_dir), "--output-dir", str(output), "--test-envs", "0", *more]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "hparams_seed", "trial_seed", "drawn"),
+    [  # printed by DomainBed's own random_hparams, seeded with seed_hash(hparams_seed, trial_seed) as its train.py does
+        ("PACS", 1, 0, (2.7028930742148706e-05, 0.00044832883881609976, 39, 0.5)),
+        ("DomainNet", 2, 1, (0.0002692684204277505, 3.539788355410888e-06, 15, 0.5)),
+        ("RotatedMNIST", 3, 2, (9.376027078720673e-05, 0.0, 114, 0.0)),
+    ],
+)
+def test_random_hyper_parameters_are_domainbeds(dataset, hparams_seed, trial_seed, drawn):
+    found = random_hparams(dataset, hparams_seed, trial_seed)
+    assert (found["lr"], found["weight_decay"], found["batch_size"], found["dropout"]) == drawn
+    config = TrainConfig(dataset=dataset, hparams_seed=hparams_seed, trial_seed=trial_seed, method="qtdog")
+    run, preset = settle(config, 0, 0), settle(TrainConfig(dataset=dataset, method="qtdog"), 0, 0)
+    assert (run.lr, run.weight_decay, run.batch_size, run.dropout) == drawn
+    assert run.quantization.scale_lr / run.lr == pytest.approx(preset.quantization.scale_lr / preset.lr)
+
+
+def test_all_combinations_each_with_its_own_folder():
+    config = SweepConfig(
+        datasets=["RotatedMNIST", "PACS"], methods=["erm", "qtdog"], n_trials=2, n_hparams=3, members=2, switch_step=7
+    )
+    jobs = sweep.jobs_of(config)
+    assert len(jobs) == (6 + 4) * 2 * 2 * 3 * 2 and len({job.folder for job in jobs}) == len(jobs)
+    assert all(len(job.folder.name) == 32 and job.folder.parent == Path("sweep") for job in jobs)
+    assert {(job.run.trial_seed, job.run.hparams_seed, job.run.seed) for job in jobs} == {
+        (trial, draw, seed) for trial in range(2) for draw in range(3) for seed in range(2)
+    }
+    assert [job.run.quantization.switch_step for job in jobs if job.run.quantization] == [7] * (len(jobs) // 2)
+    elsewhere = sweep.jobs_of(SweepConfig(**{**vars(config), "data_dir": "moved"}))
+    assert [job.folder for job in elsewhere] == [job.folder for job in jobs]
+    longer = sweep.jobs_of(SweepConfig(**{**vars(config), "steps": 9000}))
+    assert not {job.folder for job in longer} & {job.folder for job in jobs}
+
+
+def test_members_are_the_methods_own_unless_given():
+    def seeds(**given):
+        return [job.run.seed for job in sweep.jobs_of(SweepConfig(test_envs=["0"], n_trials=1, **given))]
+
+    assert seeds(methods=["eoq"]) == [0, 1, 2, 3, 4] and seeds(methods=["eoq"], members=2) == [0, 1]
+    assert seeds(methods=["qtdog", "eoq"]) == [0, 1, 2, 3, 4]  # the first member is the single model
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"n_trials": 0}, "--n-trials must be at least 1"),
+        ({"members": 0}, "--members must be at least 1"),
+        ({"jobs": 0}, "--jobs must be at least 1"),
+        ({"retries": -1}, "--retries must not be negative"),
+        ({"methods": ["erm", "sam"], "weight_bits": 7}, "--weight-bits has no meaning for method erm"),
+        ({"test_envs": ["ninety"]}, "RotatedMNIST has the domains 0 0, 1 15"),
+    ],
+)
+def test_sweeps_that_make_no_sense(given, told):
+    with pytest.raises(UserError, match=told):
+        sweep.sweep(SweepConfig(**given))
+
+
+@pytest.mark.slow
+def test_nothing_is_trained_twice(digits_dir, tmp_path, capsys):
+    command = arguments(digits_dir, tmp_path, "--methods", "erm", "--n-trials", "2", "--n-hparams", "2")
+    assert main([*command, "--show"]) == 0
+    assert "4 runs: 0 done, 0 running, 0 interrupted, 0 failed, 4 missing" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+    assert main([*command[:-4], "--n-trials", "1", "--n-hparams", "2"]) == 0
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("results.jsonl")}
+    assert len(times) == 2
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "4 runs: 2 done, 0 running, 0 interrupted, 0 failed, 2 missing; 2 to train" in capsys.readouterr().out
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    assert main([*command, "--show"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 5 and "done " in out and "RotatedMNIST erm, target 0, trial 1, hparams 1, seed 0" in out
+    assert main(["collect", str(tmp_path)]) == 0
+    assert "ERM: 2 sets of hyper-parameters." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_states_and_the_claim_of_a_folder(tmp_path):
+    folder = tmp_path / "job"
+    assert sweep.state(folder) == "missing"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("{}")
+    assert sweep.state(folder) == "interrupted"
+    holds = (
+        f"import sys, pathlib\nfrom qtdog.leave_one_out import sole_owner\nwith sole_owner(pathlib.Path('{folder}')):\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", holds + "    print('held', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    assert sweep.state(folder) == "running"
+    with pytest.raises(UserError, match="is being trained by another process"), leave_one_out.sole_owner(folder):
+        pass
+    holder.kill()
+    holder.wait()
+    assert sweep.state(folder) == "interrupted"
+    (folder / "failed").write_text("UserError: the loss is nan\n")
+    assert sweep.state(folder) == "failed"
+    (folder / "done").touch()
+    assert sweep.state(folder) == "done"
+
+
+@pytest.mark.slow
+def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(digits_dir, tmp_path, capsys, monkeypatch):
+    train, ill = leave_one_out.train, [True]
+
+    def fails_on_trial_0(run, *rest):
+        if run.trial_seed == 0 and ill:
+            raise UserError("the loss is nan at step 1")
+        return train(run, *rest)
+
+    monkeypatch.setattr(leave_one_out, "train", fails_on_trial_0)
+    command = arguments(digits_dir, tmp_path, "--methods", "erm", "--n-trials", "2")
+    assert main(command) == 2
+    assert "1 of 2 runs failed" in capsys.readouterr().err
+    assert main([*command, "--show"]) == 0
+    out = capsys.readouterr().out
+    assert "UserError: the loss is nan at step 1" in out and "1 done, 0 running, 0 interrupted, 1 failed" in out
+    ill.clear()
+    assert main(command) == 0
+    assert not list(tmp_path.rglob("failed")) and len(list(tmp_path.rglob("done"))) == 2
+
+
+def killed(job, progress):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_one_line():
+    with pytest.raises(UserError, match="a process was killed, perhaps for want of memory: try fewer --jobs"):
+        list(leave_one_out.attempts(["one", "two"], 2, killed))
+
+
+@pytest.mark.slow
+def test_an_unexpected_error_is_not_hidden(digits_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(leave_one_out, "train", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(arguments(digits_dir, tmp_path, "--methods", "erm", "--n-trials", "1"))
+    assert next(tmp_path.rglob("failed")).read_text() == "ZeroDivisionError: division by zero\n"
+
+
+def test_ray_is_optional(digits_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(arguments(digits_dir, tmp_path, "--engine", "ray", "--methods", "erm")) == 2
+    assert "--engine ray needs Ray: pip install 'qtdog[ray]'" in capsys.readouterr().err
+
+
+def processes_that_hold(file):
+    """Of this machine, but for this one: those that have `file` open."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal() and int(process.name) != os.getpid():
+            try:
+                if any(os.path.samefile(link, file) for link in (process / "fd").iterdir() if link.exists()):
+                    yield int(process.name)
+            except OSError:
+                continue  # it has ended, or is not ours
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray = pytest.importorskip("ray", reason="Ray is optional: pip install 'qtdog[ray]'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_killed_workers_run_continues_from_its_checkpoint_on_ray(ray_cluster, digits_dir, tmp_path, capsys):
+    """The worker is killed by SIGKILL after its first checkpoints; the result is that of an undisturbed run."""
+    sizes = ["--steps", "60", "--checkpoint-freq", "6", "--methods", "erm", "--n-trials", "1"]
+    on_ray = arguments(digits_dir, tmp_path / "ray", *sizes, "--engine", "ray")
+    exit_codes = []
+    sweeping = threading.Thread(target=lambda: exit_codes.append(main(on_ray)))
+    sweeping.start()
+    killed = []
+    while sweeping.is_alive() and not killed:
+        for checkpoint in (tmp_path / "ray").glob("*/checkpoint.pt"):
+            for process in processes_that_hold(checkpoint.with_name("config.yaml")):
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
+        time.sleep(0.02)
+    sweeping.join()
+    assert exit_codes == [0] and killed
+    (folder,) = (tmp_path / "ray").iterdir()
+    assert "resumed after step" in (folder / "out.txt").read_text()
+    assert main(arguments(digits_dir, tmp_path / "local", *sizes)) == 0
+    undisturbed = tmp_path / "local" / folder.name
+    assert (folder / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+
+    def accuracies(place):
+        rows = read_records(place / "results.jsonl")
+        return json.dumps([{name: value for name, value in row.items() if name.endswith("acc")} for row in rows])
+
+    assert accuracies(folder) == accuracies(undisturbed)
+    assert main([*on_ray, "--cpus-per-job", "64", "--n-trials", "2"]) == 2
+    assert "a job wants 64 CPU, the Ray cluster has 2" in capsys.readouterr().err

@@ -1,0 +1,379 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial, wraps
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import qkernels as qk
+from qtdog import load_model
+from qtdog.cli import main
+from qtdog.config import Quantization, RunConfig, TrainConfig
+from qtdog.errors import UserError
+from qtdog.methods.algorithms import ALGORITHMS
+from qtdog.methods.presets import METHODS, changed_from_preset, seeds_of, settle
+from qtdog.methods.steps import Plain
+from qtdog.models import MNIST_CNN
+from qtdog.results.runs import read_card, read_records
+from qtdog.training import trainer
+from qtdog.training.evaluation import mean_out_accuracy
+from tiny import DIGITS
+
+QUANTIZATION = Quantization(switch_step=2, scale_lr=1e-3, weight_bits=7, granularity="channel")
+TIMING = {"step_time", "eval_time"}
+
+
+def steps(model, optimizer, count):
+    torch.manual_seed(0)
+    for _ in range(count):
+        batch = [(torch.rand(4, 1, 28, 28), torch.randint(10, (4,)))]
+        Plain()(lambda batch=batch: ALGORITHMS["erm"](model, batch), model, optimizer)
+
+
+def membership(model, optimizer):
+    """How often each trainable parameter stands in the optimizer."""
+    known = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    return {name: known.count(id(p)) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def published_switch(model, optimizer, quantization):
+    """What the released QT-DoG code does: quantized layers with NEW Parameters, and the old optimizer."""
+    qk.quantize_(model, quantization.qconfig())
+    for module in model.modules():
+        if isinstance(module, qk.QConv2d):
+            module.weight = nn.Parameter(module.weight.detach().clone())
+
+
+@pytest.mark.parametrize("switch", [trainer.switch, published_switch])
+def test_all_parameters_are_trained_after_the_switch(switch):
+    model = MNIST_CNN(1, 10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    steps(model, optimizer, 2)
+    switch(model, optimizer, QUANTIZATION)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert sum(name.endswith("weight_scale") for name in before) == 4
+    steps(model, optimizer, 3)
+    once = {name for name, times in membership(model, optimizer).items() if times == 1}
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    stuck = {f"conv{i}.weight{suffix}" for i in (1, 2, 3, 4) for suffix in ("", "_scale")}
+    if switch is trainer.switch:
+        assert once == moved == set(before)
+    else:  # the test can tell the published behavior
+        assert once == moved == set(before) - stuck
+
+
+def test_scales_have_their_own_rate_and_no_decay():
+    model = MNIST_CNN(1, 10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
+    trainer.switch(model, optimizer, replace(QUANTIZATION, scale_lr=3e-6))
+    weights, scales = optimizer.param_groups
+    assert (weights["lr"], weights["weight_decay"]) == (1e-3, 0.1)
+    assert (scales["lr"], scales["weight_decay"], len(scales["params"])) == (3e-6, 0, 4)
+
+
+def test_erm_is_the_mean_over_all_domains_images():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
+    batches = [(torch.rand(2, 2), torch.tensor([0, 1])), (torch.rand(4, 2), torch.tensor([2, 1, 0, 0]))]
+    each = [-model(x).log_softmax(1)[i, y] for x, ys in batches for i, y in enumerate(ys)]
+    torch.testing.assert_close(ALGORITHMS["erm"](model, batches), torch.stack(each).mean())
+
+
+def records(folder):
+    return read_records(Path(folder) / "results.jsonl")
+
+
+def untimed(folder):
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in records(folder)]
+
+
+def test_run_folder_holds_what_it_should(trained):
+    folder = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.yaml", "out.txt", "results.jsonl", "checkpoint.pt", "model.safetensors", "model.json", "done"
+    }  # fmt: skip
+    rows = records(folder)
+    assert [r["step"] for r in rows] == [0, 2, 4, 6, 8]
+    assert [r["quantized"] for r in rows] == [False, False, True, True, True]
+    last = rows[-1]
+    assert {f"env{i}_{part}_acc" for i in range(6) for part in ("in", "out")} <= last.keys()
+    assert last["args"]["test_envs"] == [0] and last["args"]["algorithm"] == "QT-DoG" and last["args"]["seed"] == 1
+    assert last["epoch"] == pytest.approx(8 * 2 / 16) and last["environment"]["torch"] == torch.__version__
+    assert last["hparams"]["quantization"]["switch_step"] == 4 and "120 digits" in last["data_source"]
+    out = (folder / "out.txt").read_text()
+    assert "method preset qtdog" in out and "changed steps=9" in out and "environment: qtdog" in out
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 8 and "conv1.weight_scale" in checkpoint["model"]
+
+
+def test_selected_model_is_the_best_quantized_one(trained):
+    for method, first in (("erm", 0), ("qtdog", 4)):
+        folder = trained / "RotatedMNIST" / method / "0" / "trial0_seed0"
+        card = read_card(folder)
+        validation = {r["step"]: mean_out_accuracy(r, range(1, 6)) for r in records(folder) if r["step"] >= first}
+        best = max(validation.values())
+        assert card.selected_step == min(step for step, value in validation.items() if value == best)
+        assert card.source_validation_accuracy == best
+        row = next(r for r in records(folder) if r["step"] == card.selected_step)
+        assert card.target_accuracy == row["env0_in_acc"]
+        assert card.accuracies.keys() == {f"env{i}_{part}_acc" for i in range(6) for part in ("in", "out")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "selected"), [("erm", 0), ("qtdog", 6)])
+def test_no_selection_before_the_switch(digits_dir, tmp_path, monkeypatch, method, selected):
+    """The best validation accuracy of all is before the switch; among the quantized, steps 6 and 8 are equal."""
+    validation = iter([0.9, 0.8, 0.1, 0.5, 0.5])
+    parts_seen: list[float] = []
+
+    def pretended(model, images, device):
+        if len(parts_seen) % 12 == 0:
+            parts_seen.append(next(validation))
+        else:
+            parts_seen.append(parts_seen[-1])
+        return parts_seen[-1]
+
+    monkeypatch.setattr(trainer, "accuracy", pretended)
+    flags = ["--switch-step", "4"] if method == "qtdog" else []
+    output = tmp_path / "runs"
+    assert main(["train", *DIGITS, "--data-dir", str(digits_dir), "--output-dir", str(output), "--steps", "9",
+                 "--checkpoint-freq", "2", "--method", method, *flags]) == 0  # fmt: skip
+    card = read_card(output / "RotatedMNIST" / method / "0" / "trial0_seed0")
+    assert card.selected_step == selected
+
+
+def test_load_model_gives_the_selected_model(trained, digits_dir):
+    from qtdog.data import load_dataset
+    from qtdog.data.splits import split
+
+    folder = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed0"
+    model = load_model(folder)
+    assert isinstance(model.conv1, qk.QConv2d) and not model.training and type(model.classifier) is nn.Linear
+    target = load_dataset("RotatedMNIST", str(digits_dir), None).domains[0]
+    inner, _ = split(20, 0.2, 0, 0)
+    correct = model(target.images(inner, augment=False)).argmax(1) == target.labels[inner]
+    card = read_card(folder)
+    assert correct.double().mean().item() == card.target_accuracy
+    assert card.nbytes < 0.25 * card.float_nbytes
+    assert not isinstance(load_model(trained / "RotatedMNIST" / "erm" / "0" / "trial0_seed0").conv1, qk.QConv2d)
+
+
+def test_finished_run_is_not_run_again(trained, digits_dir, capsys):
+    folder = trained / "RotatedMNIST" / "erm" / "0" / "trial0_seed0"
+    before = (folder / "results.jsonl").stat().st_mtime_ns
+    again = ["train", *DIGITS, "--data-dir", str(digits_dir), "--output-dir", str(trained), "--steps", "9",
+             "--checkpoint-freq", "2", "--eval-train-images", "8", "--method", "erm"]  # fmt: skip
+    assert main(again) == 0
+    assert "is finished, not run again" in capsys.readouterr().out
+    assert (folder / "results.jsonl").stat().st_mtime_ns == before
+    assert main([*again, "--lr", "0.1"]) == 2
+    assert "lr was 0.001, is now 0.1" in capsys.readouterr().err
+    assert main([*again, "--resume", "--overwrite"]) == 2
+
+
+def quick(digits_dir, output, *more):
+    return ["train", *DIGITS, "--data-dir", str(digits_dir), "--output-dir", str(output), "--method", "erm",
+            "--checkpoint-freq", "1", "--eval-train-images", "4", *more]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def failing(model, batches):
+        calls.append(None)
+        return ALGORITHMS_ERM(model, batches) * (math.nan if len(calls) == 3 else 1)
+
+    ALGORITHMS_ERM = ALGORITHMS["erm"]
+    monkeypatch.setitem(ALGORITHMS, "erm", failing)
+    assert main(quick(digits_dir, tmp_path, "--steps", "6")) == 2
+    message = capsys.readouterr().err
+    assert "the loss is nan at step 2" in message and message.count("\n") == 1
+    folder = tmp_path / "RotatedMNIST" / "erm" / "0" / "trial0_seed0"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert not (folder / "done").exists()
+    assert main(quick(digits_dir, tmp_path, "--steps", "6")) == 2
+    assert "continue with --resume" in capsys.readouterr().err
+    assert main(quick(digits_dir, tmp_path, "--steps", "6", "--resume")) == 0
+    assert [r["step"] for r in records(folder)] == list(range(6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        ("erm", "bfloat16"),
+        ("gaqat", "float16"),
+        ("coral", "bfloat16"),
+        ("qtdog", "float16"),
+        pytest.param("erm", "float16", marks=pytest.mark.nightly),
+        pytest.param("gaqat", "bfloat16", marks=pytest.mark.nightly),
+        pytest.param("coral", "float16", marks=pytest.mark.nightly),
+        pytest.param("qtdog", "bfloat16", marks=pytest.mark.nightly),
+    ],
+)
+def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
+    """Products in half precision, weights, losses and evaluation in float32, and nearly the same training."""
+    layers, evaluated = set(), set()
+    algorithm, accuracy = METHODS[method].algorithm, trainer.accuracy
+
+    @wraps(ALGORITHMS[algorithm])
+    def watched(model, batches, **numbers):
+        handle = model.conv3.register_forward_hook(lambda module, inputs, output: layers.add(output.dtype))
+        loss = ALGORITHM(model, batches, **numbers)
+        handle.remove()
+        assert loss.dtype == torch.float32
+        return loss
+
+    def judged(model, images, device):
+        evaluated.add(model(next(iter(images))[0]).dtype)
+        return accuracy(model, images, device)
+
+    ALGORITHM = ALGORITHMS[algorithm]
+    monkeypatch.setattr(trainer, "accuracy", judged)
+    whole = ["train", *DIGITS, "--dataset", "ColoredMNIST", "--data-dir", str(digits_dir), "--method", method]
+    whole += ["--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4"]
+    whole += ["--switch-step", "2"] * (method == "qtdog")
+    assert main([*whole, "--output-dir", str(tmp_path / "float32")]) == 0
+    monkeypatch.setitem(ALGORITHMS, algorithm, watched)
+    assert main([*whole, "--output-dir", str(tmp_path / precision), "--precision", precision]) == 0
+    assert layers == {getattr(torch, precision)} and evaluated == {torch.float32}
+    place = Path("ColoredMNIST") / method / "+90%" / "trial0_seed0"
+    single, half = records(tmp_path / "float32" / place), records(tmp_path / precision / place)
+    assert [r["loss"] for r in half] != [r["loss"] for r in single]
+    assert [r["loss"] for r in half] == pytest.approx([r["loss"] for r in single], rel=0.1)
+    stored = torch.load(tmp_path / precision / place / "checkpoint.pt", weights_only=True)
+    assert all(v.dtype == torch.float32 for v in stored["model"].values() if v.is_floating_point())
+    assert (stored["scaler"] is not None) == (precision == "float16")
+
+
+@pytest.mark.slow
+def test_resumed_float16_keeps_its_loss_scale(digits_dir, tmp_path, monkeypatch):
+    """A loss scale that is too large halves at every step that it spoils; a resumed run does not start over."""
+    run, stop, scales = trainer.Trainer.checkpoint, [], []
+
+    def interrupted(self, step, *rest):
+        run(self, step, *rest)
+        scales.append(self.scaler.get_scale())
+        if step == 1 and not stop:
+            stop.append(step)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "checkpoint", interrupted)
+    monkeypatch.setattr(trainer.torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
+    arguments = quick(digits_dir, tmp_path, "--steps", "4", "--precision", "float16")
+    assert main(arguments) == 130
+    assert main([*arguments, "--resume"]) == 0
+    assert scales == [2.0**39, 2.0**38, 2.0**37, 2.0**36]
+
+
+@pytest.mark.slow
+def test_resume_on_other_data_is_refused(digits_dir, tmp_path, capsys, monkeypatch):
+    run, stop = trainer.Trainer.checkpoint, []
+
+    def interrupted(self, step, *rest):
+        run(self, step, *rest)
+        if step == 1 and not stop:
+            stop.append(step)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "checkpoint", interrupted)
+    arguments = quick(digits_dir, tmp_path, "--steps", "3")
+    assert main(arguments) == 130
+    assert f"continue with: qtdog {' '.join(arguments)} --resume" in capsys.readouterr().err
+    monkeypatch.setattr(trainer.Trainer, "data_fingerprint", lambda self: {"source": "elsewhere", "images": []})
+    assert main([*arguments, "--resume"]) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_after", [1, 5], ids=["before the switch", "after the switch"])
+def test_resume_after_sigkill_is_bit_identical(pictures, tmp_path, killed_after):
+    """With dropout, augmentation, frozen BN and another number of workers; the switch is at step 9."""
+    shared = ["train", "--dataset", "folder", "--data-dir", str(pictures), "--backbone", "test_resnet",
+              "--weights", "none", "--image-size", "16", "--dropout", "0.3", "--test-envs", "dark", "--device", "cpu",
+              "--steps", "24", "--checkpoint-freq", "3", "--switch-step", "9", "--batch-size", "4",
+              "--lr", "1e-3"]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([*shared, "--num-workers", "0", "--output-dir", str(whole)]) == 0
+    place = Path("tints") / "qtdog" / "dark" / "trial0_seed0"
+    results = killed / place / "results.jsonl"
+    command = [sys.executable, "-m", "qtdog", *shared, "--num-workers", "1", "--output-dir", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while not results.exists() or len(results.read_text().splitlines()) <= killed_after:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / place / "done").exists()
+    assert main([*shared, "--num-workers", "0", "--output-dir", str(killed), "--resume"]) == 0
+    assert "resumed after step" in (killed / place / "out.txt").read_text()
+
+    def comparable(folder):
+        rows = untimed(folder)
+        for row in rows:
+            del row["args"]["output_dir"]
+        return json.dumps(rows)
+
+    assert comparable(whole / place) == comparable(killed / place)
+    assert len(records(whole / place)) == 9
+    assert (whole / place / "model.safetensors").read_bytes() == (killed / place / "model.safetensors").read_bytes()
+    one = torch.load(whole / place / "checkpoint.pt", weights_only=True)
+    two = torch.load(killed / place / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    scales = [value for name, value in one["model"].items() if name.endswith("weight_scale")]
+    assert scales and safetensors.torch.load_file(whole / place / "model.safetensors").keys() == one["model"].keys()
+
+
+def test_callers_random_state_is_untouched(digits_dir, tmp_path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert main(quick(digits_dir, tmp_path, "--steps", "1")) == 0
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_settings_come_from_presets_unless_given():
+    run = settle(TrainConfig(dataset="folder"), test_env=1, seed=4)
+    assert (run.steps, run.checkpoint_freq, run.batch_size, run.lr) == (5001, 300, 32, 5e-5)
+    assert run.quantization.switch_step == 2000 and run.quantization.weight_bits == 7 and run.freeze_bn
+    assert run.backbone == "resnet50.tv_in1k" and run.weights == "timm" and changed_from_preset(run) == {}
+    digits = settle(TrainConfig(steps=10, switch_step=3, lr=0.5, method="qtdog"), test_env=0, seed=0)
+    assert (digits.batch_size, digits.checkpoint_freq, digits.backbone) == (64, 100, "MNIST_CNN")
+    assert changed_from_preset(digits) == {"steps": 10, "lr": 0.5, "switch_step": 3}
+    assert settle(TrainConfig(method="erm"), 0, 0).quantization is None
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"steps": 300}, "never reaches: give --switch-step .*120"),
+        ({"steps": 0}, "--steps must be greater than 0"),
+        ({"lr": -1.0}, "--lr must be greater"),
+        ({"seeds": [-1]}, "--seed must not be negative"),
+        ({"holdout_fraction": 1.0}, "--holdout-fraction"),
+        ({"eval_train_images": 0}, "--eval-train-images"),
+        ({"backbone": "resnet18"}, "--backbone resnet18 does not take RotatedMNIST"),
+        ({"dataset": "folder", "backbone": "MNIST_CNN"}, "MNIST_CNN does not take folder"),
+        ({"dropout": 0.5}, "--dropout has no meaning for MNIST_CNN"),
+        ({"weight_bits": 9}, "--weight-bits must be 2 to 8"),
+        ({"scale_lr": -1.0}, "--scale-lr"),
+        ({"method": "erm", "weight_bits": 7}, "--weight-bits has no meaning for method erm"),
+    ],
+)
+def test_settings_that_make_no_sense(given, told):
+    config = TrainConfig(**given)
+    with pytest.raises(UserError, match=told):
+        settle(config, test_env=0, seed=seeds_of(config)[0])
