@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qkernels import backends
-from qkernels.ops import packed_conv2d as packed_ops
 from qkernels.ops import reference
-from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.geometry import Geometry
+from qkernels.ops.packed_conv2d import packed_conv2d, packed_conv2d_int8
+from qkernels.ops.packed_gemv import packed_gemv
+from qkernels.ops.packing import dequantize_packed, pack
 
 from . import peers
 from .contest import Absent, Contest, Work
@@ -94,7 +96,7 @@ def convolutions(contest: Contest, device: str, shape: Shape, batch: int) -> Non
         images = (MEMBERS * batch, shape.inputs, shape.pixels, shape.pixels)
         x = torch.randint(0, 256, images, dtype=torch.uint8, device=device)
         codes = torch.randint(-64, 64, (MEMBERS, count), dtype=torch.int8, device=device)
-        packed = torch.stack([packed_ops.pack(member, BITS) for member in codes])
+        packed = torch.stack([pack(member, BITS) for member in codes])
         return Inputs(x.contiguous(memory_format=torch.channels_last), packed)
 
     sets = contest.rotate(inputs)
@@ -104,12 +106,12 @@ def convolutions(contest: Contest, device: str, shape: Shape, batch: int) -> Non
 
     def integer(i: int) -> Tensor:
         x, packed = sets[i]
-        return packed_ops.packed_conv2d_int8(
+        return packed_conv2d_int8(
             x, x_scale, packed, scale, None, BITS, shape.geometry, out_scale=out_scale, out_dtype=torch.uint8
         )
 
     def weight_only(i: int) -> Tensor:
-        return packed_ops.packed_conv2d(images[i], sets[i].packed, scale, None, BITS, shape.geometry)
+        return packed_conv2d(images[i], sets[i].packed, scale, None, BITS, shape.geometry)
 
     x, packed = sets[0]
     rest: Any = (BITS, *shape.geometry.arguments, False, "none")
@@ -121,7 +123,7 @@ def convolutions(contest: Contest, device: str, shape: Shape, batch: int) -> Non
     images = [s.x.to(own).div_(64) for s in sets]
     y = reference.packed_conv2d(images[0], packed, scale, None, None, *rest)
     contest.ours("packed, weight-only", weight_only, y, ROUNDING[own])
-    weights = [packed_ops.dequantize_packed(s.packed, scale, BITS, count) for s in sets]
+    weights = [dequantize_packed(s.packed, scale, BITS, count) for s in sets]
     for dtype in (torch.float32, low):
         make = partial(floats, shape, images, weights, dtype)
         contest.peer(
@@ -198,16 +200,16 @@ def bench_packed_gemv(contest: Contest, device: str, layer: str, rows: int, bits
     def make() -> tuple[Tensor, Tensor]:
         codes = torch.randint(low, high, (MEMBERS, count), dtype=torch.int8, device=device)
         x = torch.randn(MEMBERS * rows, inputs, device=device).to(dtype)
-        return x, torch.stack([packed_ops.pack(member, bits) for member in codes])
+        return x, torch.stack([pack(member, bits) for member in codes])
 
     sets = contest.rotate(make)
-    weights = [packed_ops.dequantize_packed(packed, scale, bits, count, dtype) for _, packed in sets]
+    weights = [dequantize_packed(packed, scale, bits, count, dtype) for _, packed in sets]
     x, packed = sets[0]
     expected = reference.packed_gemv(x, packed, scale, None, bits, False, "none")
 
     def ours(i: int) -> Tensor:
         x, packed = sets[i]
-        return packed_ops.packed_gemv(x, packed, scale, None, bits)
+        return packed_gemv(x, packed, scale, None, bits)
 
     def in_turn(i: int) -> Tensor:
         xs = sets[i][0].chunk(MEMBERS)

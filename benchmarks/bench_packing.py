@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels.ops import packed_conv2d as packed_ops
 from qkernels.ops import reference
+from qkernels.ops.packing import dequantize_packed, pack, quantize, unpack
 
 from .contest import Contest
 
@@ -51,7 +51,7 @@ def bench_pack(contest: Contest, device: str, bits: int, size: str) -> None:
     Ratios are times over ours.
     """
     sets, _ = begin(contest, bits, size, lambda count: random_codes(count, bits, device))
-    compare(contest, lambda i: packed_ops.pack(sets[i], bits), lambda i: reference.pack(sets[i], bits))
+    compare(contest, lambda i: pack(sets[i], bits), lambda i: reference.pack(sets[i], bits))
 
 
 @parameters()
@@ -60,10 +60,10 @@ def bench_unpack(contest: Contest, device: str, bits: int, size: str) -> None:
 
     Ratios are times over ours.
     """
-    sets, count = begin(contest, bits, size, lambda count: packed_ops.pack(random_codes(count, bits, device), bits))
+    sets, count = begin(contest, bits, size, lambda count: pack(random_codes(count, bits, device), bits))
     compare(
         contest,
-        lambda i: packed_ops.unpack(sets[i], bits, (count,)),
+        lambda i: unpack(sets[i], bits, (count,)),
         lambda i: reference.unpack(sets[i], bits, count, True),
     )
 
@@ -74,15 +74,13 @@ def bench_dequantize_packed(contest: Contest, device: str, bits: int, size: str)
 
     512 channels with a scale each. Ratios are times over ours. Multiplying codes that were never packed is a floor.
     """
-    sets, count = begin(
-        contest, bits, size, lambda count: packed_ops.pack(random_codes(count, bits, device), bits)[None]
-    )
+    sets, count = begin(contest, bits, size, lambda count: pack(random_codes(count, bits, device), bits)[None])
     scale = torch.rand(1, CHANNELS, device=device) + 0.1
-    codes = [packed_ops.unpack(packed, bits, (count,)).view(1, CHANNELS, -1) for packed in sets]
+    codes = [unpack(packed, bits, (count,)).view(1, CHANNELS, -1) for packed in sets]
     contest.peer("int8 codes * scale", lambda: lambda i: codes[i] * scale[..., None])
     compare(
         contest,
-        lambda i: packed_ops.dequantize_packed(sets[i], scale, bits, count),
+        lambda i: dequantize_packed(sets[i], scale, bits, count),
         lambda i: reference.dequantize_packed(sets[i], scale, bits, count, torch.float32),
     )
 
@@ -98,6 +96,6 @@ def bench_quantize(contest: Contest, device: str, bits: int, size: str) -> None:
     codes = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     compare(
         contest,
-        lambda i: packed_ops.quantize(sets[i], scale, *codes, axis=0),
+        lambda i: quantize(sets[i], scale, *codes, axis=0),
         lambda i: reference.quantize(sets[i], scale, *codes, 0),
     )

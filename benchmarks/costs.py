@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.geometry import Geometry
 from qkernels.ops.reference import _plane_widths
 
 QUANTIZE = 4  # divide, clamp from below and above, round

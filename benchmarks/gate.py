@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels.ops import packed_conv2d as packed_ops
-from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.geometry import Geometry
+from qkernels.ops.packed_conv2d import packed_conv2d_int8
+from qkernels.ops.packing import pack, unpack
 from qkernels.quantize.quantizers import code_range
 
 from . import machine, peers
@@ -50,23 +51,21 @@ def integer_convolution() -> Pair:
     x = torch.randint(0, 256, (members * 4, channels, pixels, pixels), dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-64, 64, (members, channels, 3, 3, channels), dtype=torch.int8)
-    packed = torch.stack([packed_ops.pack(member, 7) for member in weight])
+    packed = torch.stack([pack(member, 7) for member in weight])
     one, scale, geometry = torch.ones(members), torch.rand(members, channels), Geometry((3, 3), padding=(1, 1, 1, 1))
     images = x.float().chunk(members)
     floats = weight.float().permute(0, 1, 4, 2, 3)
 
     def ours() -> object:
-        return packed_ops.packed_conv2d_int8(
-            x, one, packed, scale, None, 7, geometry, out_scale=one, out_dtype=torch.uint8
-        )
+        return packed_conv2d_int8(x, one, packed, scale, None, 7, geometry, out_scale=one, out_dtype=torch.uint8)
 
     return ours, lambda: [F.conv2d(i, w, padding=1) for i, w in zip(images, floats, strict=True)]
 
 
 def unpacking() -> Pair:
     """Unpacking 7-bit codes against the same in plain PyTorch."""
-    packed = packed_ops.pack(torch.randint(-64, 64, (2**21,), dtype=torch.int8), 7)
-    return lambda: packed_ops.unpack(packed, 7, (2**21,)), lambda: qk.backends.reference.unpack(packed, 7, 2**21, True)
+    packed = pack(torch.randint(-64, 64, (2**21,), dtype=torch.int8), 7)
+    return lambda: unpack(packed, 7, (2**21,)), lambda: qk.backends.reference.unpack(packed, 7, 2**21, True)
 
 
 # By the machine's best instructions, the least ratio of the peer's time to ours.

@@ -1,8 +1,10 @@
 """Fused kernels for quantization-aware training and packed low-bit inference."""
 
 from . import backends
-from .ops.fake_quantize import fake_quantize, fake_quantize_multi, mean_abs
-from .ops.packed_conv2d import pack, unpack
+from .ops.fake_quantize import fake_quantize
+from .ops.fake_quantize_multi import fake_quantize_multi
+from .ops.mean_abs import mean_abs
+from .ops.packing import pack, unpack
 from .packed.ensemble import PackedEnsemble
 from .packed.layers import PackedConv2d, PackedLinear
 from .quantize.convert import (

@@ -11,7 +11,7 @@ import packed_oracle as oracle
 from backend_under_test import Backend, compiled, slow, why_not
 from packed_oracle import Window
 from qkernels.ops import library
-from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.geometry import Geometry
 
 backend = Backend("reference")  # which `each_backend` chooses anew for each test
 

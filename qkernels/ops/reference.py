@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed_conv2d import ACTIVATIONS, Geometry, codes_dtype
+from .geometry import Geometry
+from .packed_conv2d import ACTIVATIONS
+from .packing import codes_dtype
 
 
 def _per_element(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.packed_conv2d import Geometry
+from ..ops.geometry import Geometry
 
 
 def by_member(x: Tensor, members: int, shared: bool) -> Tensor:

@@ -14,18 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from ..ops.packed_conv2d import (
-    ACTIVATIONS,
-    Activation,
-    Geometry,
-    codes_dtype,
-    dequantize_packed,
-    pack,
-    packed_bytes,
-    packed_conv2d,
-    packed_conv2d_int8,
-    quantize,
-)
+from ..ops.geometry import Geometry
+from ..ops.packed_conv2d import ACTIVATIONS, Activation, packed_conv2d, packed_conv2d_int8
+from ..ops.packing import codes_dtype, dequantize_packed, pack, packed_bytes, quantize
 from ..quantize.codes import weight_codes
 from ..quantize.layers import QuantizedWeight
 from ..quantize.quantizers import positive_scale

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..ops.packed_conv2d import Geometry
+from ..ops.geometry import Geometry
 from .float_layers import Repeat, StackedConstant, StackedConv2d, StackedLinear, StackedNorm
 from .integer import CodesMaxPool2d
 from .layers import PackedConv2d, PackedLayer, PackedLinear

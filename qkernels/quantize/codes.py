@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops.packed_conv2d import quantize
+from ..ops.packing import quantize
 from .layers import QuantizedWeight
 from .quantizers import LSQ, positive_scale
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops import packed_conv2d as packed_ops
-from ..ops.fake_quantize import fake_quantize_multi
+from ..ops.fake_quantize_multi import fake_quantize_multi
+from ..ops.packing import packed_bytes
 from .layers import QConv2d, QLinear, QuantizedWeight, multiply_dtype
 from .quantizers import INQ, LSQ, ActivationLSQ, GradScale, Granularity, positive_scale
 
@@ -425,4 +425,4 @@ def packed_nbytes(model: nn.Module) -> int:
     for _, layer in quantized_layers(model):
         if isinstance(layer.weight_quantizer, INQ):
             del tensors[id(layer.weight_frozen)]
-    return sum(packed_ops.packed_bytes(t.numel(), bits[key]) if key in bits else t.nbytes for key, t in tensors.items())
+    return sum(packed_bytes(t.numel(), bits[key]) if key in bits else t.nbytes for key, t in tensors.items())

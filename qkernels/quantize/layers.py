@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.fake_quantize import mean_abs
+from ..ops.mean_abs import mean_abs
 from .quantizers import INQ, LSQ, ActivationLSQ, code_range, positive_scale, scale_of_mean
 
 UNDECIDED = -1  # act_signed before the first training batch; then 0 (unsigned) or 1 (signed)

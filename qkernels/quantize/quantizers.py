@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..ops.fake_quantize import fake_quantize, mean_abs
+from ..ops.fake_quantize import fake_quantize
+from ..ops.mean_abs import mean_abs
 
 Granularity = Literal["channel", "tensor"]
 GradScale = Literal["tensor", "scale", "none"]

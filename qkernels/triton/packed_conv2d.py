@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backends
-from ..ops.packed_conv2d import Geometry
+from ..ops.geometry import Geometry
 from . import tuning
 from .depthwise import depthwise_kernel
 from .implicit_gemm import conv_kernel, fold_kernel

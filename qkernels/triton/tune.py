@@ -18,7 +18,9 @@ import triton
 from timm import create_model
 from torch import nn
 
-from ..ops.packed_conv2d import Geometry, packed_bytes, packed_conv2d, packed_conv2d_int8
+from ..ops.geometry import Geometry
+from ..ops.packed_conv2d import packed_conv2d, packed_conv2d_int8
+from ..ops.packing import packed_bytes
 from . import tuning
 
 MODELS = ("resnet50", "tf_efficientnet_lite0")

@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.costs import OPERATIONS, cost_of, counted, roofline_seconds
 from qkernels.backends import SCHEMAS
-from qkernels.ops import packed_conv2d as packed_ops
-from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.geometry import Geometry
+from qkernels.ops.packed_conv2d import packed_conv2d
+from qkernels.ops.packing import packed_bytes
 
 SOURCES = "\n".join(p.read_text() for p in (Path(__file__).parents[2] / "benchmarks").glob("bench_*.py"))
 
@@ -28,9 +29,9 @@ def test_nothing_else_is_counted():
 
 def test_bytes_and_operations_of_a_convolution():
     x = torch.zeros(2, 8, 6, 6)
-    packed = torch.zeros(1, packed_ops.packed_bytes(4 * 8 * 9, 7), dtype=torch.uint8)
+    packed = torch.zeros(1, packed_bytes(4 * 8 * 9, 7), dtype=torch.uint8)
     with counted() as costs:
-        y = packed_ops.packed_conv2d(x, packed, torch.ones(1, 4), None, 7, Geometry((3, 3)))
+        y = packed_conv2d(x, packed, torch.ones(1, 4), None, 7, Geometry((3, 3)))
     (cost,) = costs
     assert y.shape == (2, 4, 4, 4)
     assert cost.operations == 2 * y.numel() * 8 * 9

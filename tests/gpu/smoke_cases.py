@@ -15,7 +15,7 @@ from torch import Tensor
 import oracle
 import packed_oracle
 from packed_oracle import FLOAT32_UNIT, Window
-from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.geometry import Geometry
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8)

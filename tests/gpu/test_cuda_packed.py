@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels import backends
-from qkernels.ops import packed_conv2d as packed_ops
 from qkernels.ops import reference
-from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.geometry import Geometry
+from qkernels.ops.packed_conv2d import packed_conv2d, packed_conv2d_int8
+from qkernels.ops.packed_gemv import packed_gemv
+from qkernels.ops.packing import pack, packed_bytes, quantize, unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -82,7 +84,7 @@ def test_pack_and_unpack(backend, bits, layout):
 def test_unpack_many(backend):
     """Any bytes are codes: also behind the last one, and in every member."""
     for bits, count in ((7, 300), (2, 70_001), (8, 64 * 147), (5, 1)):
-        packed = random_codes((2, 3, packed_ops.packed_bytes(count, bits)), torch.uint8)
+        packed = random_codes((2, 3, packed_bytes(count, bits)), torch.uint8)
         for t in (packed, unaligned(packed), packed[:, ::2]):
             assert_equal(backend("unpack")(t, bits, count, True), reference.unpack(t, bits, count, True))
 
@@ -91,7 +93,7 @@ def test_unpack_many(backend):
 def test_dequantize_packed(backend, dtype):
     for bits, members, channels, depth in ((7, 5, 512, 4608), (4, 2, 1000, 1), (3, 3, 17, 33), (2, 1, 1, 70_001)):
         count = channels * depth
-        packed = random_codes((members, packed_ops.packed_bytes(count, bits)), torch.uint8)
+        packed = random_codes((members, packed_bytes(count, bits)), torch.uint8)
         scale = torch.randn(members, channels, device=DEVICE)
         expected = reference.dequantize_packed(packed, scale, bits, count, dtype)
         assert_equal(backend("dequantize_packed")(packed, scale, bits, count, dtype), expected)
@@ -160,7 +162,7 @@ def random_linear(
     count = out_features * in_features
     return Linear(
         torch.randn(rows * (1 if shared else members), in_features, device=DEVICE).to(dtype),
-        random_codes((members, packed_ops.packed_bytes(count, bits)), torch.uint8),
+        random_codes((members, packed_bytes(count, bits)), torch.uint8),
         torch.rand(members, out_features, device=DEVICE) / (2**bits * in_features**0.5),
         torch.randn(members, out_features, device=DEVICE) if bias else None,
         bits,
@@ -212,7 +214,7 @@ def test_gemv_on_random_shapes(backend):
 def test_gemv_with_nan_and_infinity(backend):
     linear = random_linear(4, 1, 3, 300, 8)
     linear.x[0, 7], linear.x[1, 299] = torch.nan, torch.inf
-    codes = packed_ops.unpack(linear.packed, 4, (8, 300))
+    codes = unpack(linear.packed, 4, (8, 300))
     y = backend("packed_gemv")(*linear)
     assert y[0].isnan().all() and y[2].isfinite().all()
     at_infinity = codes[0, :, 299].float()
@@ -262,7 +264,7 @@ class Convolution(NamedTuple):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """packed, scale, bias"""
-        nbytes = packed_ops.packed_bytes(self.out_channels * self.depth, self.bits)
+        nbytes = packed_bytes(self.out_channels * self.depth, self.bits)
         shape = (self.members, self.out_channels)
         scale = torch.rand(shape, device=DEVICE) / (2**self.bits * self.depth**0.5)
         return random_codes((self.members, nbytes), torch.uint8), scale, torch.randn(shape, device=DEVICE)
@@ -414,7 +416,7 @@ def test_runs_on_the_current_stream():
         y = torch.ops.qkernels.packed_gemv.default(*linear)
         z = torch.ops.qkernels.packed_conv2d_int8.default(*arguments)
         codes = torch.ops.qkernels.quantize.default(linear.x, scale, -128, 127, None)
-        unpacked = packed_ops.unpack(packed_ops.pack(codes, 8), 8, codes.shape)
+        unpacked = unpack(pack(codes, 8), 8, codes.shape)
     stream.synchronize()
     for actual, want in zip((y, z, codes, unpacked), (*expected, expected[-1]), strict=True):
         assert_equal(actual, want)
@@ -519,12 +521,12 @@ def test_ops_compiled():
     x_scale = torch.full((3,), 0.02, device=DEVICE)
 
     def network(x):
-        y = packed_ops.packed_conv2d(x, packed, scale, bias, c.bits, c.geometry, activation="relu6")
-        codes = packed_ops.quantize(y.unflatten(0, (3, 2)), x_scale, 0, 255, axis=0).flatten(0, 1)
-        z = packed_ops.packed_conv2d_int8(
+        y = packed_conv2d(x, packed, scale, bias, c.bits, c.geometry, activation="relu6")
+        codes = quantize(y.unflatten(0, (3, 2)), x_scale, 0, 255, axis=0).flatten(0, 1)
+        z = packed_conv2d_int8(
             codes, x_scale, head.packed, head.scale, head.bias, head.bits, Geometry(), activation="silu"
         )
-        return packed_ops.packed_gemv(y.mean((2, 3)), *head[1:4], head.bits), z
+        return packed_gemv(y.mean((2, 3)), *head[1:4], head.bits), z
 
     compiled = torch.compile(network, fullgraph=True)
     for _ in range(2):

@@ -10,8 +10,9 @@ import torch
 import oracle
 import qkernels as qk
 from qkernels.backends import SCHEMAS
-from qkernels.ops import packed_conv2d as packed_ops
 from qkernels.ops import schemas
+from qkernels.ops.geometry import Geometry
+from qkernels.ops.packing import pack, packed_bytes
 
 ops = torch.ops.qkernels
 X = torch.linspace(-1, 1, 120)
@@ -44,7 +45,7 @@ def packed_cases(layouts):
     cases: dict[str, list[tuple]] = {name: [] for name in schemas.PACKED}
     codes = torch.arange(-64, 56, dtype=torch.int8).reshape(2, 3, 4, 5)
     cases["pack"] = [(codes, 7), (codes.view(torch.uint8)[..., ::2], 3), (codes[:0], 4)]
-    packed = packed_ops.pack(codes, 7).repeat(2, 1)
+    packed = pack(codes, 7).repeat(2, 1)
     cases["unpack"] = [(packed, 7, 120, True), (packed[0], 7, 120, False), (packed[:, :0], 5, 0, True)]
     scale, one = torch.tensor([0.05, 0.1, 0.2]), torch.tensor(0.1)
     cases["quantize"] = [(t, s, *r) for t in layouts for s, r in ((scale, (-8, 7, 1)), (one, (0, 15, None)))]
@@ -53,8 +54,8 @@ def packed_cases(layouts):
         cases["dequantize_packed"].append((packed, members, 7, 120, dtype))
     # Every layout, and every kernel shared and not, but not all of their pairs.
     for t, (kernel, shared) in zip(layouts, itertools.cycle(itertools.product((1, 3), (True, False))), strict=False):
-        geometry = packed_ops.Geometry((kernel, kernel), padding=(kernel // 2,) * 4).arguments
-        nbytes = packed_ops.packed_bytes(4 * 3 * kernel * kernel, 7)
+        geometry = Geometry((kernel, kernel), padding=(kernel // 2,) * 4).arguments
+        nbytes = packed_bytes(4 * 3 * kernel * kernel, 7)
         weight = torch.randint(0, 256, (2, nbytes), dtype=torch.uint8)
         residual = torch.randn(4 if shared else 2, 4, *t.shape[2:]).to(t.dtype)
         for b, r, activation in ((bias, residual, "relu"), (None, None, "none")):

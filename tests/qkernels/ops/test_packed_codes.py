@@ -26,7 +26,7 @@ from packed_cases import (
     laid_out,
     rounded,
 )
-from qkernels.ops.packed_conv2d import packed_bytes
+from qkernels.ops.packing import packed_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, where the interpreter computes with NaN

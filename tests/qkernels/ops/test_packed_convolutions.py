@@ -36,7 +36,7 @@ from packed_cases import (
 )
 from packed_oracle import FLOAT32_UNIT
 from qkernels.ops import library
-from qkernels.ops.packed_conv2d import Geometry
+from qkernels.ops.geometry import Geometry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, where the interpreter computes with NaN

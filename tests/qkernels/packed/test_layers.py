@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qkernels as qk
-from qkernels.ops.packed_conv2d import packed_bytes
+from qkernels.ops.packing import packed_bytes
 from qkernels.packed.layers import quantize_members, runs_of
 from qkernels.quantize.codes import weight_codes
 from qkernels.quantize.quantizers import INQ, LSQ, ActivationLSQ

@@ -106,7 +106,8 @@ def compile_packed(architecture: int) -> dict[str, dict]:
     """
     import torch
 
-    from qkernels.ops.packed_conv2d import Geometry, packed_bytes
+    from qkernels.ops.geometry import Geometry
+    from qkernels.ops.packing import packed_bytes
     from qkernels.triton import packed_conv2d, packing, tuning
 
     tuning._multiprocessors = lambda device: 132

@@ -1,0 +1,151 @@
+"""`fake_quantize_multi`: the weights of all layers in one call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import check_per_scale, check_range, check_x
+from .library import library
+from .transforms import as_channels, calls_op, from_channels, per_scale_channels, raise_double_backward, unrecorded
+
+ops = torch.ops.qkernels
+
+
+def _check_fake_quantize_multi(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    qmins: Sequence[int],
+    qmaxs: Sequence[int],
+    axis: int | None,
+    grad_factors: Sequence[float],
+) -> None:
+    op = "fake_quantize_multi"
+    lengths = [len(a) for a in (xs, scales, qmins, qmaxs, grad_factors)]
+    if len(set(lengths)) != 1:
+        raise ValueError(
+            f"{op}: xs, scales, qmins, qmaxs and grad_factors must have one entry a layer, got lengths {lengths}"
+        )
+    for i, (x, scale, qmin, qmax) in enumerate(zip(xs, scales, qmins, qmaxs, strict=True)):
+        layer = f"{op}, layer {i}"
+        check_x(layer, x, axis)
+        check_range(layer, qmin, qmax)
+        check_per_scale(layer, "scale", scale, x, axis)
+        if x.dtype != xs[0].dtype or x.device != xs[0].device:
+            raise ValueError(
+                f"{layer}: all xs must share dtype and device; "
+                f"layer 0 is {xs[0].dtype} on {xs[0].device}, this one {x.dtype} on {x.device}"
+            )
+
+
+@torch.library.register_fake("qkernels::fake_quantize_multi", lib=library)
+def _fake_quantize_multi_fake(xs, scales, qmins, qmaxs, axis, grad_factors, out_dtype):
+    _check_fake_quantize_multi(xs, scales, qmins, qmaxs, axis, grad_factors)
+    return [torch.empty_like(x, dtype=out_dtype or x.dtype) for x in xs]
+
+
+@torch.library.register_fake("qkernels::fake_quantize_multi_backward", lib=library)
+def _fake_quantize_multi_backward_fake(grads, xs, scales, qmins, qmaxs, axis, grad_factors, param_grads):
+    return (
+        [torch.empty_like(x) for x in xs],
+        [torch.empty_like(s) if param_grads else s.new_empty(0) for s in scales],
+    )
+
+
+def _fake_quantize_multi_setup(ctx, inputs, output):
+    xs, scales, qmins, qmaxs, axis, grad_factors, _ = inputs
+    ctx.save_for_backward(*xs, *scales)
+    ctx.arguments = (qmins, qmaxs, axis, grad_factors)
+
+
+def _fake_quantize_multi_autograd(ctx, grads):
+    layers = len(grads)
+    xs, scales = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+    _, scales_needed, *_ = ctx.needs_input_grad
+    grad_xs, grad_scales = ops.fake_quantize_multi_backward.default(
+        grads, xs, scales, *ctx.arguments, any(scales_needed)
+    )
+    grad_scales = [g if needed else None for g, needed in zip(grad_scales, scales_needed, strict=True)]
+    return list(grad_xs), grad_scales, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "qkernels::fake_quantize_multi",
+    _fake_quantize_multi_autograd,
+    setup_context=_fake_quantize_multi_setup,
+    lib=library,
+)
+torch.library.register_autograd("qkernels::fake_quantize_multi_backward", raise_double_backward, lib=library)
+
+
+class _FakeQuantizeMulti(torch.autograd.Function):
+    """With xs and scales one after another, since a Function takes no gradients of lists."""
+
+    @staticmethod
+    def forward(ctx, qmins, qmaxs, axis, grad_factors, out_dtype, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.arguments = (qmins, qmaxs, axis, grad_factors)
+        layers = len(tensors) // 2
+        xs, scales = tensors[:layers], tensors[layers:]
+        return tuple(unrecorded(ops.fake_quantize_multi.default, xs, scales, *ctx.arguments, out_dtype))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        layers = len(grads)
+        xs, scales = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        scales_needed = ctx.needs_input_grad[-layers:]
+        grad_xs, grad_scales = unrecorded(
+            ops.fake_quantize_multi_backward.default, grads, xs, scales, *ctx.arguments, any(scales_needed)
+        )
+        grad_scales = [g if needed else None for g, needed in zip(grad_scales, scales_needed, strict=True)]
+        return *(None,) * 5, *grad_xs, *grad_scales
+
+
+@torch.library.register_vmap("qkernels::fake_quantize_multi", lib=library)
+def _fake_quantize_multi_vmap(info, in_dims, xs, scales, qmins, qmaxs, axis, grad_factors, out_dtype):
+    batch = info.batch_size
+    ys = ops.fake_quantize_multi.default(
+        [as_channels(x, d, axis, batch) for x, d in zip(xs, in_dims[0], strict=True)],
+        [per_scale_channels(s, d, batch) for s, d in zip(scales, in_dims[1], strict=True)],
+        qmins,
+        qmaxs,
+        0,
+        grad_factors,
+        out_dtype,
+    )
+    return [from_channels(y, x, d, axis, batch) for y, x, d in zip(ys, xs, in_dims[0], strict=True)], [0] * len(ys)
+
+
+def fake_quantize_multi(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    qmins: Sequence[int],
+    qmaxs: Sequence[int],
+    axis: int | None = 0,
+    grad_factors: Sequence[float] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`fake_quantize` of many tensors in one launch forward and one backward: every layer of a model at once.
+
+    Args:
+        xs: tensors of one dtype (float32, bfloat16 or float16) on one device, of any shapes and memory formats.
+        scales: float32, each [C] along `axis` of its x, or one element each where `axis` is None.
+        qmins, qmaxs, grad_factors: one a layer; grad_factors defaults to ones.
+        axis: the channel dimension that all xs share.
+        out_dtype: dtype of the results, by default that of xs.
+
+    Returns:
+        One tensor a layer, shaped as `xs`.
+
+    Raises:
+        TypeError, ValueError: naming the layer, as `fake_quantize` does.
+    """
+    if len(xs) == 0:
+        return []
+    grad_factors = [1.0] * len(xs) if grad_factors is None else [float(g) for g in grad_factors]
+    if not torch.compiler.is_compiling():
+        _check_fake_quantize_multi(xs, scales, qmins, qmaxs, axis, grad_factors)
+    arguments = (list(qmins), list(qmaxs), axis, grad_factors, out_dtype)
+    if calls_op():
+        return ops.fake_quantize_multi.default(list(xs), list(scales), *arguments)
+    return list(_FakeQuantizeMulti.apply(*arguments, *xs, *scales))

@@ -1,0 +1,47 @@
+"""The shape of a convolution."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a convolution, each pair (height, width); padding is zeros at (top, left, bottom, right)."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """In the order of the ops' schemas."""
+        return (*self.kernel, *self.stride, *self.padding, *self.dilation, self.groups)
+
+    @classmethod
+    def of(cls, arguments: tuple[int, ...]) -> "Geometry":
+        """The inverse of `arguments`."""
+        a = tuple(arguments)
+        return cls(a[0:2], a[2:4], a[4:8], a[8:10], a[10])  # type: ignore[arg-type]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        top, left, bottom, right = self.padding
+        padded = (height + top + bottom, width + left + right)
+        h, w = (
+            (n - d * (k - 1) - 1) // s + 1
+            for n, k, s, d in zip(padded, self.kernel, self.stride, self.dilation, strict=True)
+        )
+        return h, w
+
+    def tf_same(self, height: int, width: int) -> "Geometry":
+        """With TensorFlow's "same" padding for an image of this size (timm's Conv2dSame)."""
+        total = [
+            max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+            for n, k, s, d in zip((height, width), self.kernel, self.stride, self.dilation, strict=True)
+        ]
+        top, left = total[0] // 2, total[1] // 2
+        return replace(self, padding=(top, left, total[0] - top, total[1] - left))
+
+    def weight_shape(self, out_channels: int, in_channels: int) -> tuple[int, int, int, int]:
+        """[out, kernel_h, kernel_w, in / groups], the order in which the codes of a weight are packed."""
+        return out_channels, *self.kernel, in_channels // self.groups

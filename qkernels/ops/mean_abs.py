@@ -1,0 +1,30 @@
+"""`mean_abs`, from which scales start."""
+
+import torch
+from torch import Tensor
+
+from .checks import check_x, normalized
+from .library import library
+
+
+@torch.library.register_fake("qkernels::mean_abs", lib=library)
+def _mean_abs_fake(x, axis):
+    check_x("mean_abs", x, axis)
+    return x.new_empty((), dtype=torch.float32) if axis is None else x.new_empty(x.shape[axis], dtype=torch.float32)
+
+
+@torch.no_grad()
+def mean_abs(x: Tensor, axis: int | None = None) -> Tensor:
+    """Mean |x| over the elements that share a scale, in one pass; not differentiable.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and memory format.
+        axis: the dimension with one result an index; None for the whole tensor.
+
+    Returns:
+        float32 [C], or 0-d without an axis; 0 for an empty slice.
+    """
+    axis = normalized(axis, x)
+    if not torch.compiler.is_compiling():
+        check_x("mean_abs", x, axis)
+    return torch.ops.qkernels.mean_abs.default(x.detach(), axis)
