@@ -1,11 +1,13 @@
 """Fused kernels for quantization-aware training and packed low-bit inference."""
 
 from . import backends
+from .atomic import replace_file
 from .ops.fake_quantize import fake_quantize
 from .ops.fake_quantize_multi import fake_quantize_multi
 from .ops.mean_abs import mean_abs
 from .ops.packing import pack, unpack
 from .packed.ensemble import PackedEnsemble
+from .packed.file import PackedFileError
 from .packed.layers import PackedConv2d, PackedLinear
 from .quantize.convert import (
     QConfig,
@@ -17,19 +19,24 @@ from .quantize.convert import (
     packed_nbytes,
     param_groups,
     quantize_,
+    quantized_layers,
     register_layer,
     snap_,
 )
 from .quantize.layers import QConv2d, QLinear
-from .quantize.quantizers import init_scale
+from .quantize.quantizers import INQ, LSQ, ActivationLSQ, init_scale, positive_scale
 
 __version__ = "0.1.0"
 
 backends.load()
 
 __all__ = [
+    "INQ",
+    "LSQ",
+    "ActivationLSQ",
     "PackedConv2d",
     "PackedEnsemble",
+    "PackedFileError",
     "PackedLinear",
     "QConfig",
     "QConv2d",
@@ -47,8 +54,11 @@ __all__ = [
     "pack",
     "packed_nbytes",
     "param_groups",
+    "positive_scale",
     "quantize_",
+    "quantized_layers",
     "register_layer",
+    "replace_file",
     "snap_",
     "unpack",
 ]

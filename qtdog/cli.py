@@ -36,7 +36,7 @@ from qtdog.deployment.ensemble import make_ensembles
 from qtdog.deployment.packed import evaluate_file, predict
 from qtdog.errors import UserError
 from qtdog.methods.presets import dashed
-from qtdog.results.tables import collect
+from qtdog.results.collect import collect
 from qtdog.training.jobs import train_all
 from qtdog.training.sweep import sweep
 

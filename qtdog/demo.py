@@ -12,9 +12,11 @@ from qtdog.config import CollectConfig, DemoConfig, EnsembleConfig, FlatnessConf
 from qtdog.deployment.ensemble import make_ensembles
 from qtdog.environment import computing_threads, cores
 from qtdog.errors import UserError
+from qtdog.files import read_records
+from qtdog.log import PRINT, Log
 from qtdog.methods.presets import METHODS
-from qtdog.results.runs import PRINT, Log, read_card, read_records
-from qtdog.results.tables import collect
+from qtdog.results.collect import collect
+from qtdog.results.runs import read_card
 from qtdog.training.evaluation import mean_out_accuracy
 from qtdog.training.jobs import Job, carry_out, plan
 

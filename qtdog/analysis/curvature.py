@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from qtdog.analysis.pictures import csv_text
 from qtdog.analysis.probe import Probe, gaussian, norm, probes
 from qtdog.analysis.resumable import Partial, Recall
 from qtdog.config import CurvatureConfig
 from qtdog.data.loaders import EvaluationImages
 from qtdog.data.splits import seed_hash
 from qtdog.errors import UserError
-from qtdog.results.runs import Log, write_text
+from qtdog.files import csv_text, write_text
+from qtdog.log import Log
 
 BATCH = 32  # images differentiated together: a double backward pass holds several times the memory of training
 

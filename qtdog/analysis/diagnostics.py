@@ -14,11 +14,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qtdog.analysis.pictures import csv_text, save_picture
+from qtdog.analysis.pictures import save_picture
 from qtdog.analysis.probe import run_label
 from qtdog.config import DiagnosticsConfig
+from qtdog.files import csv_text, read_records
+from qtdog.log import Log
 from qtdog.methods.presets import METHODS
-from qtdog.results.runs import Log, ModelCard, find_runs, read_card, read_records
+from qtdog.results.runs import ModelCard, find_runs, read_card
 from qtdog.results.tables import Cell
 from qtdog.results.variants import described, settings_of, telling
 

@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from qtdog.analysis.pictures import csv_text, picture_path, save_picture
+from qtdog.analysis.pictures import picture_path, save_picture
 from qtdog.analysis.probe import Probe, gaussian, movable, probes
 from qtdog.analysis.resumable import Partial, Recall, measured_anew
 from qtdog.config import LandscapeConfig
 from qtdog.errors import UserError
-from qtdog.results.runs import Log
+from qtdog.files import csv_text
+from qtdog.log import Log
 
 
 def filter_normalized(direction: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -1,16 +1,13 @@
 """A plot with its numbers beside it."""
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
+from qkernels import replace_file
 from qtdog.errors import UserError
-from qtdog.results.runs import replace_file, write_text
+from qtdog.files import write_text
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -21,13 +18,6 @@ def picture_path(output: str) -> Path:
     if picture.suffix.lower() not in KINDS:
         raise UserError(f"--output {output} must end in {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     return picture
-
-
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """CSV with a header; numbers unrounded."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([header, *rows])
-    return out.getvalue()
 
 
 def save_picture(picture: Path, figure: Figure, numbers: str) -> Path:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import qkernels as qk
-from qkernels.quantize.convert import quantized_layers
-from qkernels.quantize.quantizers import ActivationLSQ, positive_scale
 from qtdog.config import MeasureConfig
 from qtdog.data import DomainSet
 from qtdog.data.loaders import EvaluationImages, Part, fits_in_memory
@@ -20,8 +18,9 @@ from qtdog.data.splits import seed_hash
 from qtdog.deployment.ensemble import dataset_of
 from qtdog.environment import pick_device, pick_workers
 from qtdog.errors import UserError
+from qtdog.log import Log
 from qtdog.methods.presets import METHODS
-from qtdog.results.runs import Log, ModelCard, find_runs, load_model, read_card
+from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
 from qtdog.training.evaluation import domain_parts, mean_loss, sources
 
 
@@ -108,16 +107,16 @@ def plain_(model: nn.Module) -> nn.Module:
     What comes out is the loss of the quantized model, as a function of float weights that may be moved freely and
     differentiated twice. To derivatives, rounding an input is the identity (the straight-through estimator).
     """
-    for _, layer in quantized_layers(model):
+    for _, layer in qk.quantized_layers(model):
         if layer.act_quantizer is not None:
             assert layer.act_range is not None  # a trained model has seen inputs
             layer.register_forward_pre_hook(input_rounding(layer.act_quantizer, layer.act_scale, layer.act_range))
     return qk.dequantize_(model)
 
 
-def input_rounding(quantizer: ActivationLSQ, scale: Tensor, codes: tuple[int, int]) -> Callable[..., Tensor]:
+def input_rounding(quantizer: qk.ActivationLSQ, scale: Tensor, codes: tuple[int, int]) -> Callable[..., Tensor]:
     """A forward pre-hook that quantizes a layer's input as `quantizer` does, and may be differentiated twice."""
-    scale = positive_scale(scale.detach())
+    scale = qk.positive_scale(scale.detach())
     least, greatest = (code * scale.item() for code in codes)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:

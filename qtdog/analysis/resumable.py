@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qtdog.errors import UserError
-from qtdog.results.runs import write_text
+from qtdog.files import write_text
 
 
 class Recall(Protocol):

@@ -13,7 +13,7 @@ from qtdog.data.folders import ImageFiles, count
 from qtdog.data.images import read_image
 from qtdog.environment import pick_workers
 from qtdog.errors import UserError
-from qtdog.results.runs import Log
+from qtdog.log import Log
 
 MNIST_IMAGES = 70_000
 AT_ONCE = 1024  # images handed to the readers, so that a million of them need no million futures

@@ -18,8 +18,10 @@ from qtdog.data.loaders import EvaluationImages
 from qtdog.deployment.packed import calibration_batches, pack_members
 from qtdog.environment import describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
+from qtdog.files import write_json, write_records
+from qtdog.log import PRINT, Log
 from qtdog.methods.presets import METHODS
-from qtdog.results.runs import PRINT, Log, ModelCard, find_runs, load_model, read_card, write_json, write_records
+from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
 from qtdog.results.variants import common, described, settings_of, telling
 from qtdog.training.evaluation import domain_parts, member_accuracies, sources
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import qkernels as qk
-from qkernels.packed.file import PackedFileError
 from qtdog.config import EvalConfig, PredictConfig
 from qtdog.data import DomainSet, Preprocessing, load_dataset
 from qtdog.data.images import plain_transform, read_image
@@ -20,7 +19,8 @@ from qtdog.data.loaders import EvaluationImages, Part
 from qtdog.data.splits import split
 from qtdog.environment import pick_device, pick_workers
 from qtdog.errors import UserError
-from qtdog.results.runs import Log, ModelCard
+from qtdog.log import Log
+from qtdog.results.runs import ModelCard
 from qtdog.training.evaluation import combine_logits, member_accuracies
 
 
@@ -59,7 +59,7 @@ def read_ensemble(file: str, device: torch.device) -> qk.PackedEnsemble:
         raise UserError("name a packed ensemble: the folder `packed` that `qtdog ensemble` wrote")
     try:
         return qk.PackedEnsemble.load(file).to(device)
-    except PackedFileError as error:
+    except qk.PackedFileError as error:
         raise UserError(str(error)) from error
 
 

@@ -12,8 +12,6 @@ Files are written beside themselves and then renamed, so that a kill leaves the 
 """
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,35 +20,14 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import qkernels as qk
-from qkernels.atomic import replace_file
+from qkernels import replace_file
 from qtdog.config import RunConfig
 from qtdog.data import Preprocessing
-from qtdog.distributed import is_first
 from qtdog.errors import UserError
+from qtdog.files import write_json
 from qtdog.models import build_model
-
-
-def write_text(path: Path, text: str) -> None:
-    """UTF-8, atomically."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line, keys sorted as in DomainBed, atomically."""
-    write_text(path, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Inverse of `write_records`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def seconds_of(records: Sequence[dict[str, Any]]) -> float:
@@ -60,38 +37,6 @@ def seconds_of(records: Sequence[dict[str, Any]]) -> float:
         (after - before) * record["step_time"] + record["eval_time"]
         for before, after, record in zip(done, done[1:], records, strict=False)
     )
-
-
-class Log:
-    """Prints a line at once, above any progress bar, and keeps it in a file; of several processes, the first does.
-
-    Args:
-        file: where lines are kept, if anywhere.
-        shown: False keeps them without printing them.
-    """
-
-    def __init__(self, file: Path | None = None, shown: bool = True) -> None:
-        self.file, self.shown = file, shown
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, text: str) -> None:
-        if self.shown and is_first():
-            with tqdm.external_write_mode():
-                try:
-                    print(text, flush=True)
-                except BrokenPipeError:  # who was reading has left, as `| head` does; the work goes on
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.keep(text)
-
-    def keep(self, text: str) -> None:
-        """Write a line to the file, if there is one, and do not print it."""
-        if self.file is not None and is_first():
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(text + "\n")
-
-
-PRINT = Log()
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,9 @@
 """A table as text, Markdown, LaTeX and CSV."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 
-import csv
-import io
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from qtdog.results.tables import Table
+from qtdog.files import csv_text
+from qtdog.results.tables import Table
 
 
 def as_text(table: Table, digits: int = 1) -> str:
@@ -55,14 +49,12 @@ def escaped(text: str) -> str:
 
 def as_csv(tables: Sequence[Table]) -> str:
     """One line a cell, unrounded, for a spreadsheet or pandas."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "algorithm", "selection", "column", "mean", "stderr", "n", "in_domain"])
+    lines = []
     for table in tables:
         for row in table.rows:
             for column in table.columns:
                 cell = row.cells.get(column)
                 inside = row.in_domain[column].mean if column in row.in_domain else ""
                 numbers = [cell.mean, cell.stderr, len(cell.trials)] if cell else ["", "", 0]
-                writer.writerow([table.title, row.label, row.selection, column, *numbers, inside])
-    return out.getvalue()
+                lines.append([table.title, row.label, row.selection, column, *numbers, inside])
+    return csv_text(["table", "algorithm", "selection", "column", "mean", "stderr", "n", "in_domain"], lines)

@@ -1,6 +1,5 @@
 """Tables in DomainBed's form, from runs and ensembles on disk."""
 
-import datetime
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -9,11 +8,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from qtdog.config import CollectConfig
-from qtdog.errors import UserError
 from qtdog.methods.presets import METHODS
-from qtdog.results import table_formats
-from qtdog.results.runs import PRINT, Log, ModelCard, find_runs, read_card, read_records, write_json, write_text
+from qtdog.results.runs import ModelCard
 from qtdog.results.variants import described, differing, settings_of, telling
 from qtdog.training.evaluation import mean_out_accuracy
 
@@ -332,51 +328,3 @@ def as_json(table: Table, results: Sequence[Result], ensembles: Sequence[dict[st
         "runs": [asdict(result.card) for result in results],
         "ensembles": list(ensembles),
     }
-
-
-def read_result(folder: Path) -> Result:
-    """A finished run's card and last record."""
-    return Result(folder, read_card(folder), max(read_records(folder / "results.jsonl"), key=lambda r: r["step"]))
-
-
-def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:
-    """Print the tables of everything under a folder; returns the paths of table.txt, .md, .tex, .csv and .json."""
-    if config.digits < 0:
-        raise UserError(f"--digits must not be negative, not {config.digits}")
-    folder = Path(config.folder)
-    results = [read_result(run) for run in find_runs([config.folder])]
-    ensembles = [
-        record
-        for manifest in sorted(folder.rglob("members.json"))
-        for record in read_records(manifest.with_name("results.jsonl"))
-    ]
-    grouped = {
-        name: ([r for r in results if r.card.dataset == name], [e for e in ensembles if e["dataset"] == name])
-        for name in sorted({result.card.dataset for result in results})
-    }
-    for name, (runs, _) in grouped.items():
-        if len({tuple(result.card.domains) for result in runs}) > 1:
-            raise UserError(f"runs of {name} under {folder} have different domains: collect their folders apart")
-    tables = {name: build_table(*group) for name, group in grouped.items()}
-    shown = [*tables.values()] + ([averages([*tables.values()])] if len(tables) > 1 else [])
-    text = "\n".join(table_formats.as_text(table, config.digits) for table in shown)
-    log(text)
-    if unfinished := [file.parent for file in sorted(folder.rglob("config.yaml")) if not is_done(file.parent)]:
-        some = ", ".join(map(str, unfinished[:5])) + ", ..." * (len(unfinished) > 5)
-        log(f"{len(unfinished)} unfinished run(s) left out: {some}")
-    output = Path(config.output_dir or config.folder)
-    write_text(output / "table.txt", text)
-    write_text(output / "table.md", "\n".join(table_formats.as_markdown(table, config.digits) for table in shown))
-    write_text(output / "table.tex", "\n".join(table_formats.as_latex(table, config.digits) for table in shown))
-    write_text(output / "table.csv", table_formats.as_csv(shown))
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    content = [as_json(tables[name], *group) for name, group in grouped.items()]
-    write_json(output / "table.json", {"date": date, "tables": content})
-    written = [output / f"table.{suffix}" for suffix in ("txt", "md", "tex", "csv", "json")]
-    log("written: " + ", ".join(map(str, written)))
-    return written
-
-
-def is_done(folder: Path) -> bool:
-    """Whether a run's folder has the mark of a finished one."""
-    return (folder / "done").is_file()

@@ -18,9 +18,11 @@ from qtdog.config import Device, RunConfig, TrainConfig
 from qtdog.data import DIGITS, DomainSet, Preprocessing, load_dataset
 from qtdog.environment import cores, describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
+from qtdog.files import read_records
+from qtdog.log import Log
 from qtdog.methods.presets import METHODS, seeds_of, settle
 from qtdog.models import preprocessing
-from qtdog.results.runs import Log, read_card, read_records, run_folder, seconds_of
+from qtdog.results.runs import read_card, run_folder, seconds_of
 from qtdog.training.progress import Progress, clock
 from qtdog.training.trainer import facts, prepare_folder, train
 

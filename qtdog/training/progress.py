@@ -5,7 +5,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from qtdog.results.runs import Log
+from qtdog.log import Log
 
 
 class Progress:

@@ -19,8 +19,10 @@ from qtdog.data import DIGITS, domain_names
 from qtdog.distributed import world_size
 from qtdog.environment import pick_workers
 from qtdog.errors import UserError
+from qtdog.files import write_text
+from qtdog.log import Log
 from qtdog.methods.presets import METHODS, dashed, meaningless, method_of, seeds_of, settle
-from qtdog.results.runs import Log, read_card, write_text
+from qtdog.results.runs import read_card
 from qtdog.training.jobs import Job, attempts, check_jobs, chosen, sole_owner
 from qtdog.training.trainer import prepare_folder
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import qkernels as qk
+from qkernels import replace_file
 from qtdog.config import Quantization, RunConfig
 from qtdog.data import DomainSet, Preprocessing
 from qtdog.data.images import AUGMENTATIONS
@@ -25,12 +26,14 @@ from qtdog.data.splits import seed_hash
 from qtdog.distributed import is_first, mean, merged, rank, share, share_buffers, synchronized, world_size
 from qtdog.environment import describe_environment
 from qtdog.errors import UserError
+from qtdog.files import read_records, write_records, write_text
+from qtdog.log import Log
 from qtdog.methods.algorithms import ALGORITHMS
 from qtdog.methods.averaging import AVERAGING, holding
 from qtdog.methods.presets import METHODS, changed_from_preset
 from qtdog.methods.steps import STEPS
 from qtdog.models import build_model, train_mode
-from qtdog.results.runs import Log, ModelCard, read_records, replace_file, save_model, write_records, write_text
+from qtdog.results.runs import ModelCard, save_model
 from qtdog.training.evaluation import accuracy, domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
 
 STATISTICS_BATCHES = 20

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from qtdog.cli import main
-from qtdog.results.runs import read_records
+from qtdog.files import read_records
 
 
 def torchrun(arguments):

@@ -10,8 +10,9 @@ import qkernels as qk
 from qtdog.analysis import landscape, probe
 from qtdog.cli import main
 from qtdog.config import LandscapeConfig
+from qtdog.log import Log
 from qtdog.models import build_model
-from qtdog.results.runs import Log, ModelCard, save_model
+from qtdog.results.runs import ModelCard, save_model
 from qtdog.training.evaluation import mean_loss
 
 

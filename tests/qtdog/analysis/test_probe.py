@@ -9,7 +9,7 @@ from qtdog.analysis import probe
 from qtdog.analysis.resumable import Partial
 from qtdog.config import FlatnessConfig
 from qtdog.errors import UserError
-from qtdog.results.runs import Log
+from qtdog.log import Log
 
 
 def quantized_net():

@@ -12,7 +12,8 @@ from qtdog.data import load_dataset
 from qtdog.data.splits import split
 from qtdog.deployment import ensemble
 from qtdog.errors import UserError
-from qtdog.results.runs import load_model, read_records
+from qtdog.files import read_records
+from qtdog.results.runs import load_model
 from qtdog.training.evaluation import combine_logits, member_accuracies
 
 

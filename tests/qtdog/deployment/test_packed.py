@@ -12,7 +12,8 @@ from PIL import Image
 
 import qkernels as qk
 from qtdog.cli import main
-from qtdog.results.runs import load_model, read_records
+from qtdog.files import read_records
+from qtdog.results.runs import load_model
 from tiny import ICON_STYLES, LITE0_WEIGHTS
 
 

@@ -11,8 +11,9 @@ from qtdog import load_model
 from qtdog.cli import main
 from qtdog.config import INQ_FRACTIONS, MethodName, TrainConfig
 from qtdog.errors import UserError
+from qtdog.files import read_records
 from qtdog.methods.presets import ENSEMBLES, METHODS, changed_from_preset, method_of, seeds_of, settle
-from qtdog.results.runs import read_card, read_records
+from qtdog.results.runs import read_card
 from qtdog.training import trainer
 from tiny import DIGITS
 

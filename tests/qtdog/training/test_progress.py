@@ -1,4 +1,5 @@
-from qtdog.results.runs import Log, seconds_of
+from qtdog.log import Log
+from qtdog.results.runs import seconds_of
 from qtdog.training import progress
 from qtdog.training.progress import Progress
 

@@ -12,9 +12,9 @@ import pytest
 from qtdog.cli import main
 from qtdog.config import SweepConfig, TrainConfig
 from qtdog.errors import UserError
+from qtdog.files import read_records
 from qtdog.methods.hparams import random_hparams
 from qtdog.methods.presets import settle
-from qtdog.results.runs import read_records
 from qtdog.training import jobs as leave_one_out
 from qtdog.training import sweep
 

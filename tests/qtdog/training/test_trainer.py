@@ -18,11 +18,12 @@ from qtdog import load_model
 from qtdog.cli import main
 from qtdog.config import Quantization, RunConfig, TrainConfig
 from qtdog.errors import UserError
+from qtdog.files import read_records
 from qtdog.methods.algorithms import ALGORITHMS
 from qtdog.methods.presets import METHODS, changed_from_preset, seeds_of, settle
 from qtdog.methods.steps import Plain
 from qtdog.models import MNIST_CNN
-from qtdog.results.runs import read_card, read_records
+from qtdog.results.runs import read_card
 from qtdog.training import trainer
 from qtdog.training.evaluation import mean_out_accuracy
 from tiny import DIGITS
