@@ -20,11 +20,11 @@ from .quantize.convert import (
     param_groups,
     quantize_,
     quantized_layers,
-    register_layer,
     snap_,
 )
-from .quantize.layers import QConv2d, QLinear
+from .quantize.layers import QConv2d, QLinear, QuantizedLayer
 from .quantize.quantizers import INQ, LSQ, ActivationLSQ, init_scale, positive_scale
+from .quantize.registry import register_layer
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "QConv2d",
     "QLinear",
     "QuantizationReport",
+    "QuantizedLayer",
     "add_scales_",
     "backends",
     "dequantize_",

@@ -57,6 +57,14 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def forgotten_graphs():
+    """What a test compiled: the compiler counts how often the same code was compiled anew, and gives up."""
+    yield
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """torch.empty* filled with NaN, so that an element that nobody writes shows up in a comparison."""

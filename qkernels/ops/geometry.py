@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from torch.nn.modules.utils import _pair
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -45,3 +47,25 @@ class Geometry:
     def weight_shape(self, out_channels: int, in_channels: int) -> tuple[int, int, int, int]:
         """[out, kernel_h, kernel_w, in / groups], the order in which the codes of a weight are packed."""
         return out_channels, *self.kernel, in_channels // self.groups
+
+
+def conv_geometry(
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Geometry:
+    """The Geometry of nn.Conv2d's arguments; for "tf_same", which needs the image's size, without its padding."""
+    kernel, dilations = _pair(kernel_size), _pair(dilation)
+    if padding == "same":
+        # PyTorch puts the odd pixel at the end.
+        total = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        edges = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
+    elif isinstance(padding, str):
+        if padding not in ("valid", "tf_same"):
+            raise ValueError(f"padding {padding!r} is neither numbers nor 'same', 'valid' or 'tf_same'")
+        edges = (0, 0, 0, 0)
+    else:
+        edges = (*_pair(padding), *_pair(padding))
+    return Geometry(kernel, _pair(stride), edges, dilations, groups)

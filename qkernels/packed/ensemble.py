@@ -9,33 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..quantize.convert import quantized_layers
-from ..quantize.layers import QConv2d, QuantizedWeight
+from ..quantize.layers import QConv2d, QuantizedLayer
+from . import file
+from .file import Contents, nbytes_of, works_on_integers
 from .fusion import FusionReport, eval_mode, stack_members
+from .in_turn import MembersInTurn, pack_layers_
 from .integer import IntegerReport, Method, to_integer_
-from .layers import PackedConv2d, PackedLinear
 from .tracing import CannotStack
 
 Combine = Literal["logits", "probs"]
-
-
-class MembersInTurn(nn.Module):
-    """Members that could not be put into one graph: images [N, ...] through one after another, [M * N, ...]."""
-
-    def __init__(self, members: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([member(x) for member in self.members])
-
-
-def pack_layers_(model: nn.Module) -> nn.Module:
-    """Replace each quantized layer of `model` by a packed one of a single member, in place. Returns `model`."""
-    for name, layer in list(quantized_layers(model)):
-        owner, _, attribute = name.rpartition(".")
-        kind = PackedConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
-        setattr(model.get_submodule(owner), attribute, kind.from_layers([layer]))
-    return model
 
 
 class PackedEnsemble(nn.Module):
@@ -82,7 +64,6 @@ class PackedEnsemble(nn.Module):
             return cls(program, len(models), report, info)
         except CannotStack as reason:
             why = str(reason)
-        _check_packable(models)
         with eval_mode(models):
             copies = [pack_layers_(copy.deepcopy(model).eval()) for model in models]
         report = FusionReport(packed=[name for name, _ in quantized_layers(models[0])], in_turn=why)
@@ -103,12 +84,12 @@ class PackedEnsemble(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors: packed weights, scales, biases and what stays float."""
-        return sum(t.nbytes for t in [*self.parameters(), *self.buffers()])
+        return nbytes_of(self.program)
 
     @property
     def integer(self) -> bool:
         """Whether layers work on integer activations."""
-        return any(getattr(module, "input_scale", None) is not None for module in self.modules())
+        return works_on_integers(self.program)
 
     def to_integer_(
         self,
@@ -140,9 +121,7 @@ class PackedEnsemble(nn.Module):
 
         `info` is saved with the network, over what it has already.
         """
-        from .file import save
-
-        return save(self, Path(path), {**self.info, **info})
+        return file.save(Contents(self.program, self.members, self.report, {**self.info, **info}), Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> "PackedEnsemble":
@@ -155,9 +134,7 @@ class PackedEnsemble(nn.Module):
         Raises:
             PackedFileError: if the file is truncated, corrupt or not what it claims to be.
         """
-        from .file import load
-
-        return load(Path(path), model)
+        return cls(*file.load(Path(path), model))
 
     def extra_repr(self) -> str:
         return f"members={self.members}, nbytes={self.nbytes:,}, integer={self.integer}"
@@ -169,7 +146,7 @@ def _description(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     for name, module in model.named_modules():
         shapes = tuple((key, tuple(t.shape)) for key, t in module._parameters.items() if t is not None)
         settings: tuple[Any, ...] = ()
-        if isinstance(module, QuantizedWeight):
+        if isinstance(module, QuantizedLayer):
             settings = (tuple(shape for key, shape in shapes if key in ("weight", "bias")), module.act_range)
             if isinstance(module, QConv2d):
                 settings += (module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
@@ -203,10 +180,3 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
     devices = {p.device for model in models for p in model.parameters()}
     if len(devices) > 1:
         raise ValueError(f"PackedEnsemble: the models are on {', '.join(map(str, devices))}; move them to one device")
-
-
-def _check_packable(models: Sequence[nn.Module]) -> None:
-    for model in models:
-        for name, layer in quantized_layers(model):
-            if type(layer).__name__ not in ("QConv2d", "QLinear", "QConv2dSame"):
-                raise ValueError(f"PackedEnsemble: {name} is a {type(layer).__name__}, which has no packed form")

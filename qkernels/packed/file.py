@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..atomic import replace_file
-from .ensemble import MembersInTurn, PackedEnsemble
-from .float_layers import StackedConstant, StackedConv2d, StackedLinear, StackedNorm
 from .fusion import FusionReport
+from .in_turn import MembersInTurn
+from .kinds import Expected, LayerKind, ProgramError
 from .layers import PackedLayer
-from .program import ProgramError, layer_json, program_json, read_layer, read_program
+from .program import layer_json, program_json, read_layer, read_program
 
 FORMAT = "qkernels.packed_ensemble"
 VERSION = 1
@@ -34,25 +34,45 @@ class PackedFileError(ValueError):
     """A packed file that is truncated, corrupt or not what it claims to be."""
 
 
+class Contents(NamedTuple):
+    """What a folder holds: see `PackedEnsemble`."""
+
+    program: nn.Module
+    members: int
+    report: FusionReport
+    info: dict[str, Any]
+
+
+def nbytes_of(program: nn.Module) -> int:
+    """Bytes of all tensors."""
+    return sum(t.nbytes for t in [*program.parameters(), *program.buffers()])
+
+
+def works_on_integers(program: nn.Module) -> bool:
+    """Whether layers take codes, or make them of their input."""
+    return any(layer.input_scale is not None for layer in packed_layers(program).values())
+
+
 # Writing ---------------------------------------------------------------------------------------------------------
 
 
-def save(ensemble: PackedEnsemble, folder: Path, info: dict[str, Any]) -> Path:
+def save(contents: Contents, folder: Path) -> Path:
     """See `PackedEnsemble.save`."""
+    program, members, report, info = contents
     config: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "members": ensemble.members,
-        "nbytes": ensemble.nbytes,
+        "members": members,
+        "nbytes": nbytes_of(program),
         "info": info,
-        "report": dataclasses.asdict(ensemble.report),
+        "report": dataclasses.asdict(report),
     }
-    if isinstance(ensemble.program, fx.GraphModule):
-        config["program"] = program_json(ensemble.program)
+    if isinstance(program, fx.GraphModule):
+        config["program"] = program_json(program)
     else:
-        config["layers"] = {name: layer_json(layer, name) for name, layer in packed_layers(ensemble.program).items()}
-    tensors = {name: t.contiguous() for name, t in ensemble.program.state_dict().items()}
-    for name, layer in packed_layers(ensemble.program).items():
+        config["layers"] = {name: layer_json(layer, name) for name, layer in packed_layers(program).items()}
+    tensors = {name: t.contiguous() for name, t in program.state_dict().items()}
+    for name, layer in packed_layers(program).items():
         shape = layer.geometry.weight_shape(layer.out_channels, layer.in_channels)
         tensors[f"{name}.weight_shape"] = torch.tensor(shape)
     try:
@@ -65,7 +85,7 @@ def save(ensemble: PackedEnsemble, folder: Path, info: dict[str, Any]) -> Path:
     metadata = {"format": "pt", "kind": FORMAT, "version": str(VERSION)}
     replace_file(folder / MODEL, lambda path: safetensors.torch.save_file(tensors, path, metadata))
     config["checksums"] = {MODEL: _sha256(folder / MODEL), CONFIG: _config_sha256(config)}
-    replace_file(folder / CARD, lambda path: path.write_text(model_card(ensemble, info)))
+    replace_file(folder / CARD, lambda path: path.write_text(model_card(contents)))
     # Last, since its checksum of the model makes the folder whole.
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
     return folder
@@ -86,15 +106,16 @@ def _config_sha256(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def model_card(ensemble: PackedEnsemble, info: dict[str, Any]) -> str:
+def model_card(contents: Contents) -> str:
     """README.md, with the front matter that model hubs read."""
-    layers = packed_layers(ensemble.program).values()
+    program, members, _, info = contents
+    layers = packed_layers(program).values()
     bits = sorted({b for layer in layers for b in layer.bits})
     facts = {
-        "members": ensemble.members,
+        "members": members,
         "bits": ", ".join(map(str, bits)),
-        "activations": "integer" if ensemble.integer else "float",
-        "size": f"{ensemble.nbytes:,} bytes",
+        "activations": "integer" if works_on_integers(program) else "float",
+        "size": f"{nbytes_of(program):,} bytes",
         **{key: value for key, value in info.items() if isinstance(value, str | int | float)},
         **{key: ", ".join(map(str, value)) for key, value in info.items() if key in ("classes", "domains")},
     }
@@ -109,7 +130,7 @@ library_name: qtdog
 pipeline_tag: image-classification
 tags: [quantization, ensemble, domain-generalization]
 ---
-# Packed ensemble of {ensemble.members} quantized networks
+# Packed ensemble of {members} quantized networks
 
 | | |
 |---|---|
@@ -129,7 +150,7 @@ probabilities = ensemble(images).softmax(-1)  # images: float [N, channels, heig
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, model: nn.Module | None) -> PackedEnsemble:
+def load(path: Path, model: nn.Module | None) -> Contents:
     """See `PackedEnsemble.load`."""
     folder = path.parent if path.name == MODEL else path
     for name in (CONFIG, MODEL):
@@ -150,7 +171,7 @@ def load(path: Path, model: nn.Module | None) -> PackedEnsemble:
         raise PackedFileError(f"{folder}: {error}") from error.__cause__
     except (ProgramError, safetensors.SafetensorError, OSError, KeyError, TypeError, RecursionError) as error:
         raise PackedFileError(f"{folder} is damaged or no packed ensemble: {error or type(error).__name__}") from error
-    return PackedEnsemble(program, members, report, config["info"])
+    return Contents(program, members, report, config["info"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -188,57 +209,24 @@ def _with_packed_layers(model: nn.Module, config: dict[str, Any], member: int) -
     return model.eval()
 
 
-def expected_shapes(module: nn.Module, name: str, members: int) -> dict[str, tuple[torch.dtype | None, list[Any]]]:
-    """Tensor -> dtype (None: any of a kernel's floats) and shape (None: any extent) of a layer of a program."""
-    key = f"{name}." if name else ""
-    if isinstance(module, PackedLayer):
-        members = module.members
-        by_channel: list[Any] = [members, module.out_channels]
-        return {
-            f"{key}weight_packed": (torch.uint8, list(module.weight_packed.shape)),
-            f"{key}weight_scale": (torch.float32, by_channel),
-            f"{key}weight_shape": (torch.int64, [4]),
-            f"{key}bias": (torch.float32, by_channel),
-            **{f"{key}{a}_scale": (torch.float32, [members]) for a in ("input", "residual", "output")},
-        }
-    if isinstance(module, StackedConv2d):
-        return {
-            f"{key}weight": (None, [members, None, None, *module.geometry.kernel]),
-            f"{key}bias": (None, [members, None]),
-        }
-    if isinstance(module, StackedLinear):
-        return {f"{key}weight": (None, [members, None, None]), f"{key}bias": (None, [members, None])}
-    if isinstance(module, StackedNorm):
-        return {f"{key}weight": (None, [members, ...]), f"{key}bias": (None, [members, ...])}
-    if isinstance(module, StackedConstant):
-        return {f"{key}value": (None, [members, 1, ...])}
-    return {}
-
-
-OPTIONAL = ("bias", "input_scale", "residual_scale", "output_scale")
-
-
 def read_tensors(path: Path, program: nn.Module, members: int) -> None:
     """Fill the tensors of a program from the file; each is checked before it is read."""
-    expected: dict[str, tuple[torch.dtype | None, list[Any]]] = {}
-    if isinstance(program, fx.GraphModule):
-        for name, module in program.named_modules():
-            expected |= expected_shapes(module, name, members)
-    else:
-        expected = {name: (t.dtype, list(t.shape)) for name, t in program.state_dict().items()}
-        for name, layer in packed_layers(program).items():
-            expected |= expected_shapes(layer, name, 1)
+    layers = {name: layer for name, layer in program.named_modules() if isinstance(layer, LayerKind)}
+    expected: dict[str, Expected] = {}
+    if not isinstance(program, fx.GraphModule):  # float layers of the model that was given
+        expected = {name: Expected(t.dtype, list(t.shape)) for name, t in program.state_dict().items()}
+        members = 1
+    for name, layer in layers.items():
+        expected |= {f"{name}.{tensor}": what for tensor, what in layer.expected(members).items()}
     with safetensors.safe_open(path, framework="pt") as file:
         there = set(file.keys())
-        required = {
-            name for name in expected if name.rpartition(".")[2] not in OPTIONAL or not _in_layer(name, program)
-        }
+        required = {name for name, what in expected.items() if not what.optional}
         for name in sorted((required - there) | (there - expected.keys())):
             raise PackedFileError(
                 f"the tensor {name} is {'missing' if name in required else 'not part of the network'}"
             )
         for name in sorted(there):
-            dtype, shape = expected[name]
+            dtype, shape, _ = expected[name]
             found = file.get_slice(name)
             if not _fits(found.get_shape(), shape):
                 raise PackedFileError(f"{name} has shape {found.get_shape()}, expected {_readable(shape)}")
@@ -248,14 +236,11 @@ def read_tensors(path: Path, program: nn.Module, members: int) -> None:
             if t.is_floating_point() and not bool(t.isfinite().all()):
                 raise PackedFileError(f"{name} holds NaN or infinity")
             _fill(program, name, t)
-    for name, module in program.named_modules():
-        _check_layer(module, name)
-
-
-def _in_layer(name: str, program: nn.Module) -> bool:
-    """Whether a tensor belongs to one of our layers, whose bias is optional, and not to a float module in between."""
-    owner = program.get_submodule(name.rpartition(".")[0])
-    return isinstance(owner, PackedLayer | StackedConv2d | StackedLinear)
+    for name, layer in layers.items():
+        try:
+            layer.check()
+        except ProgramError as error:
+            raise PackedFileError(f"{name} {error}") from error
 
 
 def _fits(found: list[int], shape: list[Any]) -> bool:
@@ -271,30 +256,12 @@ def _readable(shape: list[Any]) -> str:
 def _fill(program: nn.Module, name: str, t: Tensor) -> None:
     owner_name, _, attribute = name.rpartition(".")
     owner = program.get_submodule(owner_name)
-    if attribute == "weight_shape" and isinstance(owner, PackedLayer):
-        shape = owner.geometry.weight_shape(owner.out_channels, owner.in_channels)
-        if tuple(t.tolist()) != shape:
-            raise PackedFileError(f"{name} is {t.tolist()}, but the layer's weight has shape {list(shape)}")
+    if isinstance(owner, LayerKind):
+        try:
+            owner.take(attribute, t)
+        except ProgramError as error:
+            raise PackedFileError(f"{name} {error}") from error
     elif attribute in owner._buffers:
         owner._buffers[attribute] = t
     else:
         owner._parameters[attribute] = nn.Parameter(t, requires_grad=False)
-
-
-def _check_layer(module: nn.Module, name: str) -> None:
-    """What takes more than one tensor to see."""
-    if isinstance(module, PackedLayer):
-        if module.bias is not None and module.bias.is_meta:
-            module.bias = None
-        if module.output_scale is not None and module.input_scale is None:
-            raise PackedFileError(f"{name} gives codes but takes none: it has no input_scale")
-        for scale in (module.input_scale, module.residual_scale, module.output_scale):
-            if scale is not None and not bool((scale > 0).all()):
-                raise PackedFileError(f"{name} has an activation scale that is not positive")
-    elif isinstance(module, StackedConv2d | StackedLinear):
-        if module.bias is not None and module.bias.is_meta:
-            module.bias = None
-        elif module.bias is not None and module.bias.shape != module.weight.shape[:2]:
-            raise PackedFileError(f"{name} has weight {list(module.weight.shape)} and bias {list(module.bias.shape)}")
-    elif isinstance(module, StackedNorm) and module.weight.shape != module.bias.shape:
-        raise PackedFileError(f"{name} has weight {list(module.weight.shape)} and bias {list(module.bias.shape)}")

@@ -3,13 +3,34 @@
 With `shared` all members see the same [N, ...]. Each layer takes its tensors stacked, [M, ...].
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.geometry import Geometry
+from ..ops.geometry import Geometry, conv_geometry
+from .kinds import Expected, LayerKind, ProgramError, Settings, geometry_settings
+
+
+def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The members' tensors as one, [M, ...]; None where they have none."""
+    there = [t.detach() for t in tensors if t is not None]
+    return torch.stack(there) if there else None
+
+
+def affine(layers: Sequence[Any], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Weight and bias [M, *shape] of norms, constants where they have none."""
+    weights = [torch.ones(*shape) if layer.weight is None else layer.weight.detach() for layer in layers]
+    biases = [torch.zeros(*shape) if layer.bias is None else layer.bias.detach() for layer in layers]
+    return torch.stack(weights), torch.stack(biases)
+
+
+def check_bias(weight: Tensor, bias: Tensor | None) -> None:
+    """A bias [M, out] beside a weight [M, out, ...]."""
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ProgramError(f"has weight {list(weight.shape)} and bias {list(bias.shape)}")
 
 
 def by_member(x: Tensor, members: int, shared: bool) -> Tensor:
@@ -17,7 +38,7 @@ def by_member(x: Tensor, members: int, shared: bool) -> Tensor:
     return x.expand(members, *x.shape) if shared else x.unflatten(0, (members, -1))
 
 
-class StackedConv2d(nn.Module):
+class StackedConv2d(LayerKind):
     """Float convolutions: weight [M, C_out, C_in / groups, h, w], bias [M, C_out] or None. They run one by one."""
 
     weight: Tensor
@@ -29,7 +50,35 @@ class StackedConv2d(nn.Module):
         self.register_buffer("bias", bias)
         self.geometry = geometry
         self.tf_same = tf_same
-        self.shared = False
+
+    @classmethod
+    def from_layers(cls, layers: Sequence[Any], padding: int | tuple[int, int] | str | None = None) -> "StackedConv2d":
+        """One convolution a member, alike in everything but their weights; `padding` stands instead of their own."""
+        first = layers[0]
+        if first.padding_mode != "zeros":
+            raise ValueError(f"a float convolution with padding_mode={first.padding_mode!r} has no stacked form")
+        padding = first.padding if padding is None else padding
+        geometry = conv_geometry(first.kernel_size, first.stride, padding, first.dilation, first.groups)
+        weight, bias = stacked([layer.weight for layer in layers]), stacked([layer.bias for layer in layers])
+        assert weight is not None
+        return cls(weight, bias, geometry, padding == "tf_same")
+
+    def settings(self) -> dict[str, Any]:
+        return geometry_settings(self.geometry) | {"tf_same": self.tf_same}
+
+    @classmethod
+    def from_settings(cls, settings: Settings, members: int) -> "StackedConv2d":
+        return cls(torch.empty(0), torch.empty(0), settings.geometry(), settings.flag("tf_same"))
+
+    def expected(self, members: int) -> dict[str, Expected]:
+        return {
+            "weight": Expected(None, [members, None, None, *self.geometry.kernel]),
+            "bias": Expected(None, [members, None], optional=True),
+        }
+
+    def check(self) -> None:
+        super().check()
+        check_bias(self.weight, self.bias)
 
     @torch.no_grad()
     def rescale_(self, factor: Tensor, shift: Tensor) -> None:
@@ -58,7 +107,7 @@ class StackedConv2d(nn.Module):
         return torch.cat(results)
 
 
-class StackedLinear(nn.Module):
+class StackedLinear(LayerKind):
     """Float linear layers: weight [M, out, in], bias [M, out] or None; one batched product."""
 
     weight: Tensor
@@ -68,7 +117,27 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.shared = False
+
+    @classmethod
+    def from_layers(cls, layers: Sequence[Any]) -> "StackedLinear":
+        """One linear layer a member."""
+        weight, bias = stacked([layer.weight for layer in layers]), stacked([layer.bias for layer in layers])
+        assert weight is not None
+        return cls(weight, bias)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, members: int) -> "StackedLinear":
+        return cls(torch.empty(0), torch.empty(0))
+
+    def expected(self, members: int) -> dict[str, Expected]:
+        return {
+            "weight": Expected(None, [members, None, None]),
+            "bias": Expected(None, [members, None], optional=True),
+        }
+
+    def check(self) -> None:
+        super().check()
+        check_bias(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         members, out, _ = self.weight.shape
@@ -79,7 +148,10 @@ class StackedLinear(nn.Module):
         return y.view(*rows.shape[:-1], out).flatten(0, 1)
 
 
-class StackedNorm(nn.Module):
+Kind = Literal["batch", "group", "layer", "layer2d"]
+
+
+class StackedNorm(LayerKind):
     """Batch norm (in eval mode), group norm or layer norm, with each member's own weight and bias.
 
     Args:
@@ -94,7 +166,7 @@ class StackedNorm(nn.Module):
 
     def __init__(
         self,
-        kind: Literal["batch", "group", "layer", "layer2d"],
+        kind: Kind,
         weight: Tensor,
         bias: Tensor,
         eps: float = 0.0,
@@ -106,7 +178,51 @@ class StackedNorm(nn.Module):
         self.groups = groups
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.shared = False
+
+    @classmethod
+    def from_batch_norms(cls, layers: Sequence[Any]) -> "StackedNorm":
+        """Batch norms as in eval mode, in float64 until they are folded or found to stay."""
+        factors, shifts = [], []
+        for layer in layers:
+            if layer.running_mean is None:
+                raise ValueError("it has no running statistics: its result depends on the batch")
+            mean = layer.running_mean.double()
+            weight = torch.ones_like(mean) if layer.weight is None else layer.weight.detach().double()
+            bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().double()
+            factor = weight / (layer.running_var.double() + layer.eps).sqrt()
+            factors.append(factor)
+            shifts.append(bias - mean * factor)
+        return cls("batch", torch.stack(factors), torch.stack(shifts))
+
+    @classmethod
+    def from_group_norms(cls, layers: Sequence[Any]) -> "StackedNorm":
+        first = layers[0]
+        return cls("group", *affine(layers, (first.num_channels,)), first.eps, first.num_groups)
+
+    @classmethod
+    def from_layer_norms(cls, layers: Sequence[Any]) -> "StackedNorm":
+        return cls("layer", *affine(layers, layers[0].normalized_shape), layers[0].eps)
+
+    @classmethod
+    def from_images_layer_norms(cls, layers: Sequence[Any]) -> "StackedNorm":
+        """Of layer norms over the channels of [N, C, H, W]."""
+        return cls("layer2d", *affine(layers, layers[0].normalized_shape), layers[0].eps)
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, "eps": self.eps, "groups": self.groups}
+
+    @classmethod
+    def from_settings(cls, settings: Settings, members: int) -> "StackedNorm":
+        kind, nothing = settings.choice("kind", ("batch", "group", "layer", "layer2d")), torch.empty(0)
+        return cls(kind, nothing, nothing, settings.share("eps"), settings.number("groups"))
+
+    def expected(self, members: int) -> dict[str, Expected]:
+        return {name: Expected(None, [members, ...]) for name in ("weight", "bias")}
+
+    def check(self) -> None:
+        super().check()
+        if self.weight.shape != self.bias.shape:
+            raise ProgramError(f"has weight {list(self.weight.shape)} and bias {list(self.bias.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
         channels = self.weight.shape[1:]
@@ -124,14 +240,22 @@ class StackedNorm(nn.Module):
         return y.flatten(0, 1)
 
 
-class StackedConstant(nn.Module):
+class StackedConstant(LayerKind):
     """A parameter [M, 1, ...] that meets the images (a position embedding, a layer's scale): [M * N, ...]."""
 
+    shares: ClassVar[bool] = False
     value: Tensor
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.register_buffer("value", value)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, members: int) -> "StackedConstant":
+        return cls(torch.empty(0))
+
+    def expected(self, members: int) -> dict[str, Expected]:
+        return {"value": Expected(None, [members, 1, ...])}
 
     def forward(self, x: Tensor) -> Tensor:
         """The value repeated for the images of x [M * N, ...]."""
@@ -140,12 +264,21 @@ class StackedConstant(nn.Module):
         return self.value.expand(members, images, *self.value.shape[2:]).flatten(0, 1).to(x.dtype)
 
 
-class Repeat(nn.Module):
+class Repeat(LayerKind):
     """Images that all members share, [N, ...], once for each member: [M * N, ...]."""
+
+    shares: ClassVar[bool] = False
 
     def __init__(self, members: int) -> None:
         super().__init__()
         self.members = members
+
+    def settings(self) -> dict[str, Any]:
+        return {"members": self.members}
+
+    @classmethod
+    def from_settings(cls, settings: Settings, members: int) -> "Repeat":
+        return cls(members)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.expand(self.members, *x.shape).flatten(0, 1)

@@ -216,7 +216,8 @@ def _users_of_codes(node: fx.Node, modules: dict[str, nn.Module]) -> Iterator[tu
 
 
 def _is_plain_max_pool(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.MaxPool2d) and _pair(module.dilation) == (1, 1) and not module.ceil_mode
+    plain = type(module) in (nn.MaxPool2d, CodesMaxPool2d)
+    return plain and _pair(module.dilation) == (1, 1) and not module.ceil_mode  # type: ignore[union-attr, arg-type]
 
 
 def _let_pools_take_codes(program: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:

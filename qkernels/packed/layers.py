@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
+from torch import Tensor
 
-from ..ops.geometry import Geometry
+from ..ops.geometry import Geometry, conv_geometry
 from ..ops.packed_conv2d import ACTIVATIONS, Activation, packed_conv2d, packed_conv2d_int8
 from ..ops.packing import codes_dtype, dequantize_packed, pack, packed_bytes, quantize
 from ..quantize.codes import weight_codes
-from ..quantize.layers import QuantizedWeight
+from ..quantize.layers import QuantizedLayer
 from ..quantize.quantizers import positive_scale
+from .kinds import Expected, LayerKind, ProgramError, Settings, geometry_settings
 
 INTEGERS = (torch.int8, torch.uint8)
 
@@ -64,7 +64,7 @@ def dequantize_members(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     return (by_member * scale.view(-1, *[1] * codes.dim())).to(dtype).flatten(0, 1)
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(LayerKind):
     """What both layers share: M packed weights, their scales and biases, and what follows in the kernel's epilogue.
 
     Attributes:
@@ -73,8 +73,7 @@ class PackedLayer(nn.Module):
         weight_scale, bias: float32 [M, C_out]; a batch norm that followed is folded into them.
         input_scale, residual_scale, output_scale: float32 [M], of integer activations; None for floats.
         input_range, output_range: of their codes.
-        one_input_scale: whether all members have the same input scale, so that images they share are quantized once.
-        activation, shared: see `packed_ops.packed_conv2d`.
+        activation, shared: see `ops.packed_conv2d`.
         float_dtype: of what an integer layer gives that does not give codes.
     """
 
@@ -98,7 +97,6 @@ class PackedLayer(nn.Module):
             self.count *= n
         self.runs = runs_of(self.bits, self.count)
         self.activation: Activation = "none"
-        self.shared = False
         self.one_input_scale = False
         self.input_range = (0, 255)
         self.output_range = (0, 255)
@@ -114,7 +112,7 @@ class PackedLayer(nn.Module):
         return len(self.bits)
 
     @torch.no_grad()
-    def fill_(self, layers: Sequence[QuantizedWeight]) -> "PackedLayer":
+    def fill_(self, layers: Sequence[QuantizedLayer]) -> "PackedLayer":
         """Pack the weights of `layers`, one a member."""
         packed, scales = [], []
         for layer, bits in zip(layers, self.bits, strict=True):
@@ -138,7 +136,15 @@ class PackedLayer(nn.Module):
     def quantize_input_(self, scale: Tensor, code_range: tuple[int, int]) -> None:
         """Work on integer activations from now on, with scales float32 [M] for codes in `code_range`."""
         self.input_scale, self.input_range = scale.float().contiguous(), code_range
-        self.one_input_scale = bool((scale == scale[0]).all())
+        self._compare_input_scales()
+
+    def _compare_input_scales(self) -> None:
+        """Find out whether all members have one input scale: then images that they share are quantized once.
+
+        It is kept, since to look in each forward would wait for the GPU.
+        """
+        scale = self.input_scale
+        self.one_input_scale = scale is not None and bool((scale == scale[0]).all())
 
     @torch.no_grad()
     def rescale_(self, factor: Tensor, shift: Tensor) -> None:
@@ -227,6 +233,51 @@ class PackedLayer(nn.Module):
             results.append(y)
         return results[0] if len(results) == 1 else torch.cat(results)
 
+    def settings(self) -> dict[str, Any]:
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "bits": list(self.bits),
+            "activation": self.activation,
+            "input_range": list(self.input_range),
+            "output_range": list(self.output_range),
+        }
+
+    def _follow(self, settings: Settings) -> None:
+        """Take over what both kinds of layers have."""
+        self.activation = settings.choice("activation", tuple(ACTIVATIONS))
+        for key in ("input_range", "output_range"):
+            qmin, qmax = settings.numbers(key, 2, -128)
+            if qmin >= qmax or qmax > (127 if qmin < 0 else 255):
+                raise ProgramError(f"{key} [{qmin}, {qmax}] fits neither int8 nor uint8")
+            setattr(self, key, (qmin, qmax))
+
+    def expected(self, members: int) -> dict[str, Expected]:
+        by_channel, by_member = [self.members, self.out_channels], [self.members]
+        scales = ("input_scale", "residual_scale", "output_scale")
+        return {
+            "weight_packed": Expected(torch.uint8, list(self.weight_packed.shape)),
+            "weight_scale": Expected(torch.float32, by_channel),
+            "weight_shape": Expected(torch.int64, [4]),
+            "bias": Expected(torch.float32, by_channel, optional=True),
+            **{name: Expected(torch.float32, by_member, optional=True) for name in scales},
+        }
+
+    def take(self, name: str, t: Tensor) -> None:
+        if name != "weight_shape":
+            super().take(name, t)
+        elif tuple(t.tolist()) != (shape := self.geometry.weight_shape(self.out_channels, self.in_channels)):
+            raise ProgramError(f"is {t.tolist()}, but the layer's weight has shape {list(shape)}")
+
+    def check(self) -> None:
+        super().check()
+        if self.output_scale is not None and self.input_scale is None:
+            raise ProgramError("gives codes but takes none: it has no input_scale")
+        for scale in (self.input_scale, self.residual_scale, self.output_scale):
+            if scale is not None and not bool((scale > 0).all()):
+                raise ProgramError("has an activation scale that is not positive")
+        self._compare_input_scales()
+
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLayer":
         # `.half()` is about the activations, whose dtype x brings: scales and biases move, but stay float32.
         before = dict(self._buffers)
@@ -250,32 +301,14 @@ class PackedLayer(nn.Module):
         return ", ".join(parts)
 
 
-def conv_geometry(
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-) -> Geometry:
-    """The Geometry of nn.Conv2d's arguments; for "tf_same", which needs the image's size, without its padding."""
-    kernel, dilations = _pair(kernel_size), _pair(dilation)
-    if padding == "same":
-        # PyTorch puts the odd pixel at the end.
-        total = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
-        edges = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
-    elif isinstance(padding, str):
-        if padding not in ("valid", "tf_same"):
-            raise ValueError(f"padding {padding!r} is neither numbers nor 'same', 'valid' or 'tf_same'")
-        edges = (0, 0, 0, 0)
-    else:
-        edges = (*_pair(padding), *_pair(padding))
-    return Geometry(kernel, _pair(stride), edges, dilations, groups)
-
-
-def padding_of(layer: Any) -> int | tuple[int, int] | str:
-    """nn.Conv2d's padding argument; "tf_same" for timm's Conv2dSame and what is made of it."""
-    same = any(base.__name__ == "Conv2dSame" for base in type(layer).__mro__)
-    return "tf_same" if same else layer.padding
+def bits_of(settings: Settings, members: int) -> list[int]:
+    """Of each member's weight."""
+    bits = settings.plain.get("bits")
+    if not isinstance(bits, list) or len(bits) != members:
+        raise ProgramError(f"has bits {bits!r} for {members} members")
+    if not all(type(b) is int and 2 <= b <= 8 for b in bits):
+        raise ProgramError(f"has bits {bits!r}; each is 2..8")
+    return bits
 
 
 class PackedConv2d(PackedLayer):
@@ -306,15 +339,21 @@ class PackedConv2d(PackedLayer):
         self.padding_mode = padding_mode
 
     @classmethod
-    def from_layers(cls, layers: Sequence[QuantizedWeight]) -> "PackedConv2d":
-        """Pack one quantized convolution a member; they agree in everything but their weights, scales and bits."""
+    def from_layers(
+        cls, layers: Sequence[QuantizedLayer], padding: int | tuple[int, int] | str | None = None
+    ) -> "PackedConv2d":
+        """Pack one quantized convolution a member; they agree in everything but their weights, scales and bits.
+
+        Args:
+            padding: instead of the layers' own.
+        """
         first: Any = layers[0]
         layer = cls(
             first.in_channels,
             first.out_channels,
             first.kernel_size,
             first.stride,
-            padding_of(first),
+            first.padding if padding is None else padding,
             first.dilation,
             first.groups,
             first.bias is not None,
@@ -322,6 +361,21 @@ class PackedConv2d(PackedLayer):
             bits=[member.weight_quantizer.bits for member in layers],
         )
         layer.fill_(layers)
+        return layer
+
+    def settings(self) -> dict[str, Any]:
+        own = {"tf_same": self.tf_same, "padding_mode": self.padding_mode}
+        return super().settings() | geometry_settings(self.geometry) | own
+
+    @classmethod
+    def from_settings(cls, settings: Settings, members: int) -> "PackedConv2d":
+        sizes, geometry = (settings.number("in_channels"), settings.number("out_channels")), settings.geometry()
+        if sizes[0] % geometry.groups or sizes[1] % geometry.groups:
+            raise ProgramError(f"{sizes} channels do not divide into {geometry.groups} groups")
+        layer = cls(*sizes, geometry.kernel, groups=geometry.groups, bits=bits_of(settings, members))
+        layer.geometry, layer.tf_same = geometry, settings.flag("tf_same")
+        layer.padding_mode = settings.choice("padding_mode", ("zeros", "reflect", "replicate", "circular"))
+        layer._follow(settings)
         return layer
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -346,12 +400,19 @@ class PackedLinear(PackedLayer):
         super().__init__(in_features, out_features, Geometry(), bias, [bits] if isinstance(bits, int) else bits)
 
     @classmethod
-    def from_layers(cls, layers: Sequence[QuantizedWeight]) -> "PackedLinear":
+    def from_layers(cls, layers: Sequence[QuantizedLayer]) -> "PackedLinear":
         """Pack one quantized linear layer a member."""
         first: Any = layers[0]
         bits = [member.weight_quantizer.bits for member in layers]
         layer = cls(first.in_features, first.out_features, first.bias is not None, bits=bits)
         layer.fill_(layers)
+        return layer
+
+    @classmethod
+    def from_settings(cls, settings: Settings, members: int) -> "PackedLinear":
+        sizes = settings.number("in_channels"), settings.number("out_channels")
+        layer = cls(*sizes, bits=bits_of(settings, members))
+        layer._follow(settings)
         return layer
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..ops.geometry import Geometry
 from .float_layers import Repeat, StackedConstant, StackedConv2d, StackedLinear, StackedNorm
 from .integer import CodesMaxPool2d
-from .layers import PackedConv2d, PackedLayer, PackedLinear
+from .kinds import LARGEST_NUMBER, LayerKind, ProgramError, Settings, object_of
+from .layers import PackedConv2d, PackedLinear
 
-LARGEST_NUMBER = 2**20  # that a program may pass to a function: no file needs more
 MOST_NODES = 100_000
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -80,11 +79,13 @@ MODULES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Softmax: ("dim",),
     nn.Tanh: (),
 }
+
+# Our own layers, by the name of their type.
+LAYERS: dict[str, type[LayerKind]] = {
+    kind.__name__: kind
+    for kind in (PackedConv2d, PackedLinear, StackedConv2d, StackedLinear, StackedNorm, StackedConstant, Repeat)
+}
 _MODULE_TYPES = {kind.__name__: kind for kind in MODULES}
-
-
-class ProgramError(ValueError):
-    """A program that cannot be written, or read."""
 
 
 # Writing ---------------------------------------------------------------------------------------------------------
@@ -101,38 +102,14 @@ def program_json(program: fx.GraphModule) -> dict[str, Any]:
     return {"layers": layers, "nodes": [_node_json(node) for node in program.graph.nodes]}
 
 
-def _geometry_json(g: Geometry) -> dict[str, Any]:
-    return {name: list(getattr(g, name)) for name in ("kernel", "stride", "padding", "dilation")} | {"groups": g.groups}
-
-
 def layer_json(module: nn.Module, name: str) -> dict[str, Any]:
     """The type of a layer and what rebuilds it, without its tensors."""
-    kind: dict[str, Any] = {"type": type(module).__name__}
-    if isinstance(module, PackedLayer):
-        kind |= {
-            "in_channels": module.in_channels,
-            "out_channels": module.out_channels,
-            "bits": list(module.bits),
-            "activation": module.activation,
-            "input_range": list(module.input_range),
-            "output_range": list(module.output_range),
-            "one_input_scale": module.one_input_scale,
-        }
-        if isinstance(module, PackedConv2d):
-            kind |= _geometry_json(module.geometry) | {"tf_same": module.tf_same, "padding_mode": module.padding_mode}
-    elif isinstance(module, StackedConv2d):
-        kind |= _geometry_json(module.geometry) | {"tf_same": module.tf_same}
-    elif isinstance(module, StackedNorm):
-        kind |= {"kind": module.kind, "eps": module.eps, "groups": module.groups}
-    elif isinstance(module, Repeat):
-        kind["members"] = module.members
-    elif type(module) in MODULES:
-        kind |= {key: _value_json(getattr(module, key)) for key in MODULES[type(module)]}
-    elif not isinstance(module, StackedLinear | StackedConstant):
-        raise ProgramError(f"{name} is a {type(module).__name__}, which the format does not know")
-    if hasattr(module, "shared"):
-        kind["shared"] = module.shared
-    return kind
+    kind = type(module).__name__
+    if isinstance(module, LayerKind) and LAYERS.get(kind) is type(module):
+        return {"type": kind, **module.settings(), **({"shared": module.shared} if module.shares else {})}
+    if type(module) in MODULES:
+        return {"type": kind, **{key: _value_json(getattr(module, key)) for key in MODULES[type(module)]}}
+    raise ProgramError(f"{name} is a {kind}, which the format does not know")
 
 
 def _value_json(value: Any) -> Any:
@@ -178,14 +155,14 @@ def read_program(plain: dict[str, Any], members: int) -> fx.GraphModule:
         ProgramError: for anything that is not a program of `members` members.
     """
     with torch.device("meta"):
-        modules = {name: read_layer(layer, name, members) for name, layer in _dict(plain.get("layers")).items()}
+        modules = {name: read_layer(layer, name, members) for name, layer in object_of(plain.get("layers")).items()}
     nodes = plain.get("nodes")
     if not isinstance(nodes, list) or len(nodes) > MOST_NODES:
         raise ProgramError("nodes must be a list")
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
     for position, node in enumerate(nodes):
-        node = _dict(node)
+        node = object_of(node)
         name, op = node.get("name"), node.get("op")
         if not isinstance(name, str) or not name.isidentifier() or name in made:
             raise ProgramError(f"node {position} has no name of its own")
@@ -228,12 +205,6 @@ def _target(node: dict[str, Any], modules: dict[str, nn.Module]) -> tuple[str, A
     raise ProgramError(f"{name} has the unknown op {op!r}")
 
 
-def _dict(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ProgramError(f"expected an object, got {type(value).__name__}")
-    return value
-
-
 def _read_value(value: Any, made: dict[str, fx.Node]) -> Any:
     if isinstance(value, dict):
         key, inner = next(iter(value.items())) if len(value) == 1 else ("", None)
@@ -248,7 +219,7 @@ def _read_value(value: Any, made: dict[str, fx.Node]) -> Any:
         if key == "ellipsis":
             return Ellipsis
         if key == "kwargs":
-            return {name: _read_value(v, made) for name, v in _dict(inner).items()}
+            return {name: _read_value(v, made) for name, v in object_of(inner).items()}
         raise ProgramError(f"an unknown kind of value: {key!r}")
     if isinstance(value, list):
         return [_read_value(v, made) for v in value]
@@ -257,95 +228,20 @@ def _read_value(value: Any, made: dict[str, fx.Node]) -> Any:
     return value
 
 
-def _positive(plain: dict[str, Any], key: str, least: int = 1) -> int:
-    value = plain.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST_NUMBER:
-        raise ProgramError(f"{key}={value!r} is not a number from {least} to {LARGEST_NUMBER}")
-    return value
-
-
-def _numbers(plain: dict[str, Any], key: str, length: int, least: int) -> tuple[int, ...]:
-    values = plain.get(key)
-    if not isinstance(values, list) or len(values) != length:
-        raise ProgramError(f"{key}={values!r} is not a list of {length} numbers")
-    return tuple(_positive({key: v}, key, least) for v in values)
-
-
-def _read_geometry(plain: dict[str, Any]) -> Geometry:
-    return Geometry(
-        _numbers(plain, "kernel", 2, 1),  # type: ignore[arg-type]
-        _numbers(plain, "stride", 2, 1),  # type: ignore[arg-type]
-        _numbers(plain, "padding", 4, 0),  # type: ignore[arg-type]
-        _numbers(plain, "dilation", 2, 1),  # type: ignore[arg-type]
-        _positive(plain, "groups"),
-    )
-
-
-def _read_packed(plain: dict[str, Any], name: str, members: int) -> PackedLayer:
-    bits = plain.get("bits")
-    if not isinstance(bits, list) or len(bits) != members:
-        raise ProgramError(f"{name} has bits {bits!r} for {members} members")
-    if not all(type(b) is int and 2 <= b <= 8 for b in bits):
-        raise ProgramError(f"{name} has bits {bits!r}; each is 2..8")
-    sizes = _positive(plain, "in_channels"), _positive(plain, "out_channels")
-    layer: PackedLayer
-    if plain["type"] == "PackedLinear":
-        layer = PackedLinear(*sizes, bits=bits)
-    else:
-        geometry = _read_geometry(plain)
-        if sizes[0] % geometry.groups or sizes[1] % geometry.groups:
-            raise ProgramError(f"{name}: {sizes} channels do not divide into {geometry.groups} groups")
-        layer = PackedConv2d(*sizes, geometry.kernel, groups=geometry.groups, bits=bits)
-        layer.geometry = geometry
-        layer.tf_same = plain.get("tf_same") is True
-        layer.padding_mode = _choice(plain, "padding_mode", ("zeros", "reflect", "replicate", "circular"))
-    layer.activation = _choice(plain, "activation", ("none", "relu", "relu6", "silu"))  # type: ignore[assignment]
-    layer.one_input_scale = plain.get("one_input_scale") is True
-    for key in ("input_range", "output_range"):
-        qmin, qmax = _numbers(plain, key, 2, -128)
-        if qmin >= qmax or qmax > (127 if qmin < 0 else 255):
-            raise ProgramError(f"{name}: {key} [{qmin}, {qmax}] fits neither int8 nor uint8")
-        setattr(layer, key, (qmin, qmax))
-    return layer
-
-
-def _choice(plain: dict[str, Any], key: str, allowed: tuple[str, ...]) -> str:
-    if plain.get(key) not in allowed:
-        raise ProgramError(f"{key}={plain.get(key)!r} is none of {', '.join(allowed)}")
-    return str(plain[key])
-
-
 def read_layer(plain: dict[str, Any], name: str, members: int) -> nn.Module:
     """A layer as `layer_json` wrote it. Its tensors, where their shapes are not in the JSON, are still empty."""
-    kind = _dict(plain).get("type")
-    nothing = torch.empty(0)
-    layer: nn.Module
-    if kind in ("PackedConv2d", "PackedLinear"):
-        layer = _read_packed(plain, name, members)
-    elif kind == "StackedConv2d":
-        layer = StackedConv2d(nothing, nothing, _read_geometry(plain), plain.get("tf_same") is True)
-    elif kind == "StackedLinear":
-        layer = StackedLinear(nothing, nothing)
-    elif kind == "StackedNorm":
-        norm = _choice(plain, "kind", ("batch", "group", "layer", "layer2d"))
-        eps = plain.get("eps")
-        if not isinstance(eps, float | int) or not 0 <= eps <= 1:
-            raise ProgramError(f"{name}: eps={eps!r}")
-        layer = StackedNorm(norm, nothing, nothing, float(eps), _positive(plain, "groups"))  # type: ignore[arg-type]
-    elif kind == "StackedConstant":
-        layer = StackedConstant(nothing)
-    elif kind == "Repeat":
-        layer = Repeat(members)
-    elif kind in _MODULE_TYPES:
-        keys = MODULES[_MODULE_TYPES[kind]]
-        if plain.keys() - {"type"} != set(keys):
-            raise ProgramError(f"{name}: a {kind} has {', '.join(keys) or 'no settings'}")
-        try:
-            layer = _MODULE_TYPES[kind](**{key: _read_value(plain[key], {}) for key in keys})
-        except TypeError as error:
-            raise ProgramError(f"{name}: {error}") from error
-    else:
-        raise ProgramError(f"{name} has the unknown type {kind!r}")
-    if hasattr(layer, "shared"):
-        layer.shared = plain.get("shared") is True  # type: ignore[assignment]
-    return layer
+    settings = Settings(plain)
+    kind = settings.plain.get("type")
+    try:
+        if kind in LAYERS:
+            layer = LAYERS[kind].from_settings(settings, members)
+            layer.shared = layer.shares and settings.flag("shared")
+            return layer
+        if kind in _MODULE_TYPES:
+            keys = MODULES[_MODULE_TYPES[kind]]
+            if settings.plain.keys() - {"type"} != set(keys):
+                raise ProgramError(f"a {kind} has {', '.join(keys) or 'no settings'}")
+            return _MODULE_TYPES[kind](**{key: _read_value(settings.plain[key], {}) for key in keys})
+    except (TypeError, ProgramError) as error:
+        raise ProgramError(f"{name}: {error}") from error
+    raise ProgramError(f"{name} has the unknown type {kind!r}")

@@ -4,92 +4,72 @@ The graph runs once on images [M * N, ...], member after member.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..quantize.layers import QConv2d, QLinear, QuantizedWeight
+from ..quantize.layers import QConv2d, QLinear, QuantizedLayer
+from ..quantize.registry import PACKED_FORMS
 from .float_layers import Repeat, StackedConstant, StackedConv2d, StackedLinear, StackedNorm
-from .layers import PackedConv2d, PackedLinear, conv_geometry, padding_of
+from .kinds import LayerKind
+from .layers import PackedConv2d, PackedLinear
 from .tracing import IN_PLACE, CannotStack, trace
 
-# One layer of M members from M layers ----------------------------------------------------------------------------
+# What makes of M layers of exactly these types one, or several that follow each other -------------------------------
+
+Stack = Callable[[Sequence[Any]], nn.Module | list[nn.Module]]
+
+PACKED_FORMS |= {QConv2d: PackedConv2d.from_layers, QLinear: PackedLinear.from_layers}
+FLOAT_FORMS: dict[type[nn.Module], Stack] = {
+    nn.Conv2d: StackedConv2d.from_layers,
+    nn.Linear: StackedLinear.from_layers,
+    nn.BatchNorm1d: StackedNorm.from_batch_norms,
+    nn.BatchNorm2d: StackedNorm.from_batch_norms,
+    nn.GroupNorm: StackedNorm.from_group_norms,
+    nn.LayerNorm: StackedNorm.from_layer_norms,
+}
+NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-def _vector(tensors: Sequence[Tensor | None], like: Tensor, otherwise: float) -> Tensor:
-    """[M, C] of the members' vectors, or a constant where they have none."""
-    return torch.stack([torch.full_like(like, otherwise) if t is None else t.detach() for t in tensors])
+def _know_libraries() -> None:
+    """Take up the types of timm and torchvision where these have been imported."""
+    if "timm.layers" in sys.modules:
+        from . import timm_forms
+
+        for kind, pack_form in timm_forms.PACKED.items():
+            PACKED_FORMS.setdefault(kind, pack_form)  # what a user registered stays
+        FLOAT_FORMS.update(timm_forms.FLOAT)
+    if "torchvision.models.convnext" in sys.modules:
+        from torchvision.models.convnext import LayerNorm2d
+
+        FLOAT_FORMS[LayerNorm2d] = StackedNorm.from_images_layer_norms
 
 
-def _stack_conv(layers: list[Any], name: str) -> nn.Module:
-    first = layers[0]
-    if isinstance(first, QuantizedWeight):
-        return PackedConv2d.from_layers(layers)
-    if first.padding_mode != "zeros":
-        raise CannotStack(f"{name} is a float convolution with padding_mode={first.padding_mode!r}")
-    padding = padding_of(first)
-    geometry = conv_geometry(first.kernel_size, first.stride, padding, first.dilation, first.groups)
-    weight = torch.stack([layer.weight.detach() for layer in layers])
-    bias = None if first.bias is None else torch.stack([layer.bias.detach() for layer in layers])
-    return StackedConv2d(weight, bias, geometry, padding == "tf_same")
+def pack(layers: Sequence[QuantizedLayer], name: str) -> nn.Module:
+    """One packed layer for one quantized layer a member.
+
+    Raises:
+        ValueError: for a type that has no packed form.
+    """
+    _know_libraries()
+    kind = type(layers[0])
+    if kind not in PACKED_FORMS:
+        raise ValueError(
+            f"PackedEnsemble: {name} is a {kind.__name__}, which has no packed form; see qkernels.register_layer"
+        )
+    return PACKED_FORMS[kind](layers)
 
 
-def _stack_linear(layers: list[Any], name: str) -> nn.Module:
-    if isinstance(layers[0], QuantizedWeight):
-        return PackedLinear.from_layers(layers)
-    bias = None if layers[0].bias is None else torch.stack([layer.bias.detach() for layer in layers])
-    return StackedLinear(torch.stack([layer.weight.detach() for layer in layers]), bias)
-
-
-def _stack_batch_norm(layers: list[Any], name: str) -> nn.Module:
-    factors, shifts = [], []
-    for layer in layers:
-        if layer.running_mean is None:
-            raise CannotStack(f"{name} has no running statistics: its result depends on the batch")
-        mean = layer.running_mean.double()
-        weight = torch.ones_like(mean) if layer.weight is None else layer.weight.detach().double()
-        bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().double()
-        factor = weight / (layer.running_var.double() + layer.eps).sqrt()
-        factors.append(factor)
-        shifts.append(bias - mean * factor)
-    # float64 until it is folded or found to stay.
-    return StackedNorm("batch", torch.stack(factors), torch.stack(shifts))
-
-
-def _stack_group_norm(layers: list[Any], name: str) -> nn.Module:
-    first = layers[0]
-    like = torch.empty(first.num_channels)
-    weight, bias = _vector([m.weight for m in layers], like, 1.0), _vector([m.bias for m in layers], like, 0.0)
-    return StackedNorm("group", weight, bias, first.eps, first.num_groups)
-
-
-def _stack_layer_norm(layers: list[Any], name: str) -> nn.Module:
-    first = layers[0]
-    like = torch.empty(first.normalized_shape)
-    weight, bias = _vector([m.weight for m in layers], like, 1.0), _vector([m.bias for m in layers], like, 0.0)
-    return StackedNorm("layer2d" if type(first).__name__ == "LayerNorm2d" else "layer", weight, bias, first.eps)
-
-
-def _stacking(module: nn.Module) -> Callable[[list[Any], str], nn.Module] | None:
+def _stacking(module: nn.Module) -> Stack | None:
     """What makes one layer out of M like this; None if it holds no tensors and serves all members as it is."""
-    name = type(module).__name__
-    if isinstance(module, QuantizedWeight):
-        if type(module) in (QConv2d, QLinear) or name == "QConv2dSame":
-            return _stack_linear if isinstance(module, nn.Linear) else _stack_conv
-    elif name == "Linear" and isinstance(module, nn.Linear):  # timm has one of its own that casts
-        return _stack_linear
-    elif type(module) is nn.Conv2d or name == "Conv2dSame":
-        return _stack_conv
-    elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) or name == "BatchNormAct2d":
-        return _stack_batch_norm
-    elif type(module) is nn.GroupNorm:
-        return _stack_group_norm
-    elif name in ("LayerNorm", "LayerNorm2d") and isinstance(module, nn.LayerNorm):
-        return _stack_layer_norm
+    _know_libraries()
+    if (form := PACKED_FORMS.get(type(module)) or FLOAT_FORMS.get(type(module))) is not None:
+        return form
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
-        raise CannotStack(f"there is no stacked form of {name}")
+        raise CannotStack(f"there is no stacked form of {type(module).__name__}")
     return None
 
 
@@ -104,6 +84,7 @@ class Stacker:
         self.source = trace(models[0])
         self.graph = fx.Graph()
         self.modules: dict[str, nn.Module] = {}
+        self.followers: dict[str, list[nn.Module]] = {}  # of a stacked layer that became several
         self.new: dict[fx.Node, fx.Node] = {}
         self.constants: dict[fx.Node, list[Any]] = {}  # values that depend on parameters alone, one a member
         self.images: fx.Node | None = None  # the latest [M * N, ...] that a layer gave
@@ -147,7 +128,7 @@ class Stacker:
         layers = [model.get_submodule(name) for model in self.models]
         args: Any = fx.map_arg(node.args, self.value)
         first: Any = layers[0]
-        if isinstance(first, nn.Identity | nn.Dropout | nn.Dropout2d | nn.AlphaDropout):
+        if type(first) in NOTHING_IN_EVAL:
             return args[0]
         if node.kwargs:
             raise CannotStack(f"{name} is called with keyword arguments")
@@ -156,15 +137,15 @@ class Stacker:
         stack = _stacking(first)
         if stack is None:
             return self.add(name if name not in self.modules else f"{name}_{node.name}", _not_in_place(first), *args)
-        if name not in self.modules:
+        if name not in self.followers:
             try:
-                self.modules[name] = stack(layers, name)
+                stacked = stack(layers)
             except (TypeError, ValueError) as error:
                 raise CannotStack(f"{name}: {error}") from error
+            self.modules[name], *self.followers[name] = stacked if isinstance(stacked, list) else [stacked]
         self.images = self.graph.call_module(name, args)
-        # timm's batch norm ends with an activation.
-        if type(first).__name__ == "BatchNormAct2d" and not isinstance(first.act, nn.Identity):
-            self.images = self.add(f"{name}_act", _not_in_place(first.act), self.images)
+        for follower in self.followers[name]:
+            self.images = self.add(f"{name}_act", _not_in_place(follower), self.images)
         return self.images
 
     def call(self, node: fx.Node) -> None:
@@ -199,9 +180,10 @@ class Stacker:
         """Let the first layers read one copy of the images if they alone use them; else repeat the images."""
         (placeholder,) = (node for node in self.graph.nodes if node.op == "placeholder")
         users = [self.modules.get(str(node.target)) for node in placeholder.users]
-        if all(hasattr(module, "shared") for module in users):
-            for module in users:
-                module.shared = True  # type: ignore[union-attr, assignment]
+        layers = [module for module in users if isinstance(module, LayerKind) and module.shares]
+        if len(layers) == len(users):
+            for layer in layers:
+                layer.shared = True
             return
         with self.graph.inserting_after(placeholder):
             self.modules["repeat"] = Repeat(len(self.models))

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from ..ops.packing import quantize
-from .layers import QuantizedWeight
+from .layers import QuantizedLayer
 from .quantizers import LSQ, positive_scale
 
 
 @torch.no_grad()
-def weight_codes(layer: QuantizedWeight) -> tuple[Tensor, Tensor]:
+def weight_codes(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     """The integers that the layer's fake-quantized weight is made of, and the scale of each output channel.
 
     Returns:

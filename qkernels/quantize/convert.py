@@ -1,7 +1,6 @@
 """Turning a model's layers into quantized ones and back, and what an optimizer needs to know of their scales."""
 
 import difflib
-import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 
 from ..ops.fake_quantize_multi import fake_quantize_multi
 from ..ops.packing import packed_bytes
-from .layers import QConv2d, QLinear, QuantizedWeight, multiply_dtype
+from .layers import QuantizedLayer, multiply_dtype
 from .quantizers import INQ, LSQ, ActivationLSQ, GradScale, Granularity, positive_scale
+from .registry import QUANTIZED_TYPES, quantized_type
 
 LayerPolicy = Literal["same", "float"] | int
-
-_QUANTIZED_TYPES: dict[type[nn.Module], type[QuantizedWeight]] = {nn.Conv2d: QConv2d, nn.Linear: QLinear}
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class QConfig:
 
 
 @dataclass(frozen=True)
-class QuantizedLayer:
+class LayerReport:
     name: str
     type: str
     shape: tuple[int, ...]
@@ -119,7 +117,7 @@ class QuantizationReport:
     """
 
     model: nn.Module
-    quantized: list[QuantizedLayer]
+    quantized: list[LayerReport]
     skipped: dict[str, str]
     nbytes: int
 
@@ -135,35 +133,14 @@ class QuantizationReport:
         return "\n".join(lines)
 
 
-def register_layer(float_type: type[nn.Module], quantized_type: type[QuantizedWeight]) -> None:
-    """Let `quantize_` turn layers of exactly `float_type` into `quantized_type`.
-
-    `quantized_type` derives from `QuantizedWeight` and `float_type`, and in its forward takes `self.quantized_weight()`
-    where the float type uses `self.weight`, and `self.quantized_input(x)` for x; `timm_layers.py` shows one.
-    """
-    if not (issubclass(quantized_type, QuantizedWeight) and issubclass(quantized_type, float_type)):
-        raise TypeError(
-            f"register_layer: {quantized_type.__name__} must derive from QuantizedWeight and {float_type.__name__}"
-        )
-    _QUANTIZED_TYPES[float_type] = quantized_type
-
-
-def _quantized_type(module: nn.Module) -> type[QuantizedWeight] | None:
-    if type(module).__module__.startswith("timm."):
-        from timm.layers import Conv2dSame
-
-        _QUANTIZED_TYPES.setdefault(Conv2dSame, importlib.import_module("qkernels.quantize.timm_layers").QConv2dSame)
-    return _QUANTIZED_TYPES.get(type(module))
-
-
 def _why_unsupported(module: nn.Module) -> str | None:
     """The reason to report for a module that owns a matrix or kernel but has no quantized type; else None."""
     if not any(p is not None and p.dim() >= 2 for p in module._parameters.values()):
         return None
     name = type(module).__name__
-    if isinstance(module, QuantizedWeight):
+    if isinstance(module, QuantizedLayer):
         return "quantized already"
-    for base in _QUANTIZED_TYPES:
+    for base in QUANTIZED_TYPES:
         if isinstance(module, base):
             return f"{name} derives from {base.__name__} and may override its forward; see qkernels.register_layer"
     return f"{name} has no quantized type"
@@ -221,7 +198,7 @@ def quantize_(
     """
     config = config or QConfig()
     modules = dict(model.named_modules())
-    candidates = {name: kind for name, m in modules.items() if (kind := _quantized_type(m)) is not None}
+    candidates = {name: kind for name, m in modules.items() if (kind := quantized_type(m)) is not None}
     overrides = _match_overrides(config, list(candidates))
     names = list(candidates)
     plan: dict[str, QConfig] = {}
@@ -256,21 +233,21 @@ def quantize_(
         module = modules[name]
         # Changing the class keeps the module's identity: names, hooks, Parameters and other references to it.
         module.__class__ = candidates[name]
-        assert isinstance(module, QuantizedWeight)
+        assert isinstance(module, QuantizedLayer)
         module.quantize_weight_(layer_config.weight_quantizer())
         module.quantize_input_(layer_config.act_quantizer())
     return QuantizationReport(model, list(_describe(model)), skipped, packed_nbytes(model))
 
 
-def _describe(model: nn.Module) -> Iterator[QuantizedLayer]:
+def _describe(model: nn.Module) -> Iterator[LayerReport]:
     for name, m in quantized_layers(model):
         q, act_bits = m.weight_quantizer, m.act_quantizer.bits if m.act_quantizer else None
-        yield QuantizedLayer(name, m.float_type.__name__, tuple(m.weight.shape), q.bits, q.granularity, act_bits)
+        yield LayerReport(name, m.float_type.__name__, tuple(m.weight.shape), q.bits, q.granularity, act_bits)
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """(name, layer) of every quantized layer."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, QuantizedWeight))
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLayer))
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
@@ -285,8 +262,8 @@ def dequantize_(model: nn.Module) -> nn.Module:
 
 
 def _fuse(model: nn.Module, args: Any) -> None:
-    weights: dict[Any, list[tuple[QuantizedWeight, LSQ]]] = {}
-    inputs: dict[Any, list[QuantizedWeight]] = {}
+    weights: dict[Any, list[tuple[QuantizedLayer, LSQ]]] = {}
+    inputs: dict[Any, list[QuantizedLayer]] = {}
     for _, layer in quantized_layers(model):
         if isinstance(layer.weight_quantizer, LSQ):
             key = (layer.weight_quantizer.axis, layer.weight.device, layer.weight.dtype)

@@ -20,7 +20,7 @@ def multiply_dtype(t: Tensor) -> torch.dtype:
     return t.dtype
 
 
-class QuantizedWeight(nn.Module):
+class QuantizedLayer(nn.Module):
     """What a quantized layer adds to its float type.
 
     For its weight: `weight_quantizer`, and `weight_scale` beside `weight`. INQ also keeps `weight_frozen`, the level of
@@ -159,7 +159,7 @@ class QuantizedWeight(nn.Module):
         return f"{super().extra_repr()}, weight={q.bits} bit{kind} per {q.granularity}{fixed}{act}"
 
 
-class QConv2d(QuantizedWeight, nn.Conv2d):
+class QConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d with a fake-quantized weight; takes all its arguments, and the quantizers.
 
     `quantize_` turns an nn.Conv2d into one in place; constructing one starts from a new weight.
@@ -182,7 +182,7 @@ class QConv2d(QuantizedWeight, nn.Conv2d):
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
-class QLinear(QuantizedWeight, nn.Linear):
+class QLinear(QuantizedLayer, nn.Linear):
     """nn.Linear with a fake-quantized weight; takes all its arguments, and the quantizers."""
 
     float_type = nn.Linear

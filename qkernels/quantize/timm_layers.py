@@ -6,10 +6,10 @@ from timm.layers import Conv2dSame
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor
 
-from .layers import QuantizedWeight
+from .layers import QuantizedLayer
 
 
-class QConv2dSame(QuantizedWeight, Conv2dSame):
+class QConv2dSame(QuantizedLayer, Conv2dSame):
     """timm's Conv2dSame (TensorFlow's padding, computed from the input's size), weight and input fake-quantized."""
 
     float_type = Conv2dSame

@@ -262,3 +262,77 @@ def test_bad_input_is_named():
     qk.quantize_(untrained, qk.QConfig(act_bits=4))
     with pytest.raises(ValueError, match=r"models\[0\].conv1 has not started to quantize its input"):
         qk.PackedEnsemble.from_models([untrained])
+
+
+class Linear(nn.Linear):
+    """Named as a type that has a stacked form, and computes something else; so do those below."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return 3 + super().forward(x)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1).abs()
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    act = nn.Identity()
+
+    def forward(self, x):
+        return super().forward(x) - 1
+
+
+class Conv2dSame(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).exp()
+
+
+class Dropout(nn.Dropout):
+    """In eval mode too, as Monte Carlo dropout does."""
+
+    def forward(self, x):
+        return x + 5
+
+
+class MaxPool2d(nn.MaxPool2d):
+    def forward(self, x):
+        return -super().forward(-x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Linear(8, 8),
+        lambda: nn.Sequential(nn.Flatten(2), LayerNorm(64), nn.Unflatten(2, (8, 8))),
+        lambda: LayerNorm2d(8),
+        lambda: BatchNormAct2d(8),
+        lambda: Conv2dSame(8, 8, 1),
+        Dropout,
+        lambda: MaxPool2d(2),
+    ],
+    ids=["Linear", "LayerNorm", "LayerNorm2d", "BatchNormAct2d", "Conv2dSame", "Dropout", "MaxPool2d"],
+)
+@pytest.mark.parametrize("integer", [False, True])
+def test_subclasses_are_not_taken_for_what_their_name_says(make, integer):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.own = nn.Conv2d(3, 8, 1), make()
+            self.body, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.body(self.own(F.relu(self.stem(x)))).mean((2, 3)))
+
+    models = members(Net)
+    x = torch.randn(4, 3, 8, 8)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert_same_logits(ensemble, models, x)
+    if integer:
+        report = ensemble.to_integer_([x])
+        assert report.logit_error < 0.05, report

@@ -230,6 +230,21 @@ def test_hostile_configs_are_refused(saved_integer, tmp_path, message):
         qk.PackedEnsemble.load(tmp_path)
 
 
+def test_a_file_does_not_decide_what_follows_from_its_tensors(saved_integer, tmp_path):
+    """Whether the members' input scales are equal: files of earlier versions say so, and might say it wrongly."""
+    shutil.copytree(saved_integer, tmp_path, dirs_exist_ok=True)
+    scale = torch.tensor([0.03, 0.02, 0.01])
+    with_right_checksums(
+        tmp_path,
+        change_config=lambda c: layer(c).update(one_input_scale=True),
+        change_tensors=lambda tensors: tensors.update({"conv1.input_scale": scale}),
+    )
+    loaded = qk.PackedEnsemble.load(tmp_path)
+    expected = qk.PackedEnsemble.load(saved_integer)
+    expected.program.conv1.quantize_input_(scale, expected.program.conv1.input_range)
+    assert torch.equal(loaded.member_logits(IMAGES), expected.member_logits(IMAGES))
+
+
 def replace(name, change):
     return lambda tensors: tensors.__setitem__(name, change(tensors[name]).contiguous())
 

@@ -11,6 +11,7 @@ from torch import nn
 import qkernels as qk
 from qkernels.ops.packing import packed_bytes
 from qkernels.packed.layers import quantize_members, runs_of
+from qkernels.packed.stacking import pack
 from qkernels.quantize.codes import weight_codes
 from qkernels.quantize.quantizers import INQ, LSQ, ActivationLSQ
 
@@ -92,7 +93,7 @@ def test_timm_s_padding_depends_on_the_image():
         model = nn.Sequential(timm_layers.Conv2dSame(3, 8, 3, stride=2))
         qk.quantize_(model, qk.QConfig(last_layer="same"))
         layers.append(model[0])
-    packed = qk.PackedConv2d.from_layers(layers)
+    packed = pack(layers, "0")
     for size in (7, 8):
         x = torch.randn(4, 3, size, size + 1)
         assert_near(packed(x), in_turn(layers, x, shared=False))

@@ -12,9 +12,9 @@ import torchvision
 from torch import nn
 
 import qkernels as qk
-from qkernels.quantize import convert
+from qkernels.quantize import registry
 from qkernels.quantize.convert import quantized_layers, scales
-from qkernels.quantize.layers import QuantizedWeight
+from qkernels.quantize.layers import QuantizedLayer
 
 
 def small_net():
@@ -218,22 +218,55 @@ class Scaled(nn.Conv2d):
         return 2 * self._conv_forward(x, self.weight, self.bias)
 
 
-class QScaled(QuantizedWeight, Scaled):
+class QScaled(QuantizedLayer, Scaled):
     float_type = Scaled
 
     def forward(self, x):
         return 2 * self._conv_forward(x, self.quantized_weight(), self.bias)
 
 
-def test_subclasses_are_reported_until_registered(monkeypatch):
-    monkeypatch.setattr(convert, "_QUANTIZED_TYPES", dict(convert._QUANTIZED_TYPES))
+@pytest.fixture
+def forgetful_registry():
+    """What a test registers is forgotten after it."""
+    tables = (registry.QUANTIZED_TYPES, registry.PACKED_FORMS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+def test_subclasses_are_reported_until_registered(forgetful_registry):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Scaled(3, 3, 1), nn.Linear(3, 3))
     assert "register_layer" in qk.quantize_(model).skipped["1"]
     qk.register_layer(Scaled, QScaled)
     qk.quantize_(model)
     assert type(model[1]) is QScaled
-    with pytest.raises(TypeError, match="must derive from QuantizedWeight and Linear"):
+    with pytest.raises(TypeError, match="must derive from QuantizedLayer and Linear"):
         qk.register_layer(nn.Linear, QScaled)
+
+
+def test_a_registered_layer_is_packed_by_its_own_form(forgetful_registry):
+    def trained(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), Scaled(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+        qk.quantize_(model)
+        return model.eval()
+
+    def pack(layers):
+        packed = qk.PackedConv2d.from_layers(layers)
+        packed.rescale_(torch.full_like(packed.weight_scale, 2), torch.zeros_like(packed.weight_scale))
+        return packed
+
+    qk.register_layer(Scaled, QScaled)
+    models = [trained(seed) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"1 is a QScaled, which has no packed form; see qkernels\.register_layer"):
+        qk.PackedEnsemble.from_models(models)
+    qk.register_layer(Scaled, QScaled, pack)
+    x = torch.randn(3, 3, 3, 3)
+    ensemble = qk.PackedEnsemble.from_models(models)
+    assert ensemble.report.packed == ["0", "1"] and ensemble.report.in_turn is None
+    torch.testing.assert_close(ensemble.member_logits(x), torch.stack([model(x) for model in models]))
 
 
 def test_a_root_layer_is_quantized_and_returned():

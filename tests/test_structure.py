@@ -1,0 +1,91 @@
+"""What keeps the house in order: who imports whom, and how long files and functions may be."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("qkernels", "qtdog", "benchmarks")
+LONGEST_FILE, LONGEST_FUNCTION = 450, 60
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in python_files(*PACKAGES)}
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of each name that a file of ours imports from a module of ours, wherever it does so."""
+    package = module_of(path).split(".") if path.name == "__init__.py" else module_of(path).split(".")[:-1]
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] in PACKAGES)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module.split(".")[0] in PACKAGES:
+                yield from ((module, alias.name) for alias in node.names)
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Also not in a function or for types alone."""
+    graph = {
+        name: {f"{module}.{what}" if f"{module}.{what}" in MODULES else module for module, what in imports(path)}
+        for name, path in MODULES.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_arrows_run_downward():
+    """qtdog -> qkernels, and only by what `qkernels` itself names."""
+    public = ast.literal_eval(
+        next(
+            node.value
+            for node in tree_of(ROOT / "qkernels" / "__init__.py").body
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+        )
+    )
+    for name, path in MODULES.items():
+        for module, what in imports(path):
+            package = module.split(".")[0]
+            assert not (name.startswith("qkernels") and package != "qkernels"), f"{name} imports {module}"
+            if name.startswith("qtdog"):
+                assert package != "benchmarks", f"{name} imports {module}"
+                allowed = module == "qkernels" and what in ("", "__version__", *public)
+                assert package != "qkernels" or allowed, f"{name} imports {what} from {module}"
+
+
+@pytest.mark.parametrize("path", python_files(*PACKAGES, "tests"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_stay_in_their_package(path):
+    own = path.relative_to(ROOT).parts[0]
+    for module, what in imports(path):
+        private = [part for part in (*module.split("."), what) if part.startswith("_") and part != "__version__"]
+        assert module.split(".")[0] == own or not private, f"imports {what} from {module}"
+
+
+@pytest.mark.parametrize("path", python_files(*PACKAGES, "tests"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_too_long(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGEST_FILE, f"{lines} lines"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
