@@ -184,11 +184,9 @@ def bench_all_weights(contest: Contest, network: str) -> None:
     qmin, qmax = code_range(7)
     weights = [w.to(contest.device).requires_grad_() for w in conv_weights(network)]
     scales = [qk.init_scale(w, qmax, 0).requires_grad_() for w in weights]
-    upstream = [torch.randn_like(w) for w in weights]
+    upstream, layers = [torch.randn_like(w) for w in weights], len(weights)
     factors = [(w.numel() * qmax) ** -0.5 for w in weights]
-    layers = len(weights)
-    contest.parameters = network
-    contest.size = sum(w.numel() for w in weights)
+    contest.parameters, contest.size = network, sum(w.numel() for w in weights)
 
     def clear() -> None:
         """As zero_grad does: until the next step the gradients stay, and with them the memory that malloc has."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qkernels.ops.geometry import Geometry
-from qkernels.ops.reference import _plane_widths
+from qkernels.ops.reference import plane_widths
 
 QUANTIZE = 4  # divide, clamp from below and above, round
 FAKE_QUANTIZE = QUANTIZE + 1  # and multiply by the scale
@@ -40,7 +40,7 @@ def elements(tensors: Any) -> int:
 
 def planes(codes: Tensor, bits: int) -> int:
     """Packing takes a mask, a shift and an or for each plane of a code; unpacking the same."""
-    return 3 * len(_plane_widths(bits)) * codes.numel()
+    return 3 * len(plane_widths(bits)) * codes.numel()
 
 
 def products(x: Tensor, out: Tensor, geometry: Geometry) -> int:
@@ -59,8 +59,8 @@ OPERATIONS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {  # from the arg
     "unpack": lambda a, y: planes(y, a[1]),
     "quantize": lambda a, y: QUANTIZE * elements(y),
     "dequantize_packed": lambda a, y: planes(y, a[2]) + y.numel(),
-    "packed_conv2d": lambda a, y: products(a[0], y, Geometry.of(a[6:17])),
-    "packed_conv2d_int8": lambda a, y: products(a[0], y, Geometry.of(a[9:20])),
+    "packed_conv2d": lambda a, y: products(a[0], y, Geometry.of(*a[6:11])),
+    "packed_conv2d_int8": lambda a, y: products(a[0], y, Geometry.of(*a[9:14])),
     "packed_gemv": lambda a, y: 2 * y.numel() * a[0].shape[1],
 }
 

@@ -17,7 +17,7 @@ from .ops import library, reference
 from .ops.schemas import SCHEMAS
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
-TRITON_MODULES = {  # the file of qkernels/triton that holds each op
+STEMS = {  # the file that holds each op in qkernels/ops, qkernels/triton and csrc
     "fake_quantize": "fake_quantize",
     "fake_quantize_backward": "fake_quantize",
     "fake_quantize_multi": "fake_quantize_multi",
@@ -29,7 +29,7 @@ TRITON_MODULES = {  # the file of qkernels/triton that holds each op
     "dequantize_packed": "packing",
     "packed_conv2d": "packed_conv2d",
     "packed_conv2d_int8": "packed_conv2d",
-    "packed_gemv": "packed_conv2d",
+    "packed_gemv": "packed_gemv",
 }
 NOT_IN_CUDA = ("packed_conv2d", "packed_conv2d_int8")  # convolutions run on tensor cores through Triton alone
 
@@ -51,7 +51,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function that implements `op` in a backend that is written in Python: "triton" or "reference"."""
     if backend == "reference":
         return getattr(reference, op)
-    return getattr(importlib.import_module(f"qkernels.triton.{TRITON_MODULES[op]}"), op)
+    return getattr(importlib.import_module(f"qkernels.triton.{STEMS[op]}"), op)
 
 
 def _serve(op: str, device: str, key: str, backend: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-// How the packed ops take their arguments apart. The messages that users see are packed_ops.py's; these checks keep a
+// How the packed ops take their arguments apart. The messages that users see are qkernels/ops'; these checks keep a
 // direct call of the op from reading where it must not.
 #pragma once
 

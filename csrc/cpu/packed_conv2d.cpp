@@ -7,13 +7,17 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <vector>
 
 namespace qkernels {
 namespace {
 
+using Numbers = std::vector<int64_t>;
+
+// As the schema has it: (height, width) each, and padding as (top, left, bottom, right).
 struct Geometry {
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w,
-      groups;
+  const Numbers &kernel, &stride, &padding, &dilation;
+  int64_t groups;
 };
 
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
@@ -27,17 +31,36 @@ Sizes sizes_of(const Tensor& x, const Tensor& scale, const Geometry& g, bool sha
   STD_TORCH_CHECK(
       x.dim() == 4 && x.size(1) > 0 && scale.dim() == 2 && scale.size(0) > 0,
       "qkernels: x must be 4-d with channels, and scale 2-d with members");
+  STD_TORCH_CHECK(
+      g.kernel.size() == 2 && g.stride.size() == 2 && g.padding.size() == 4 && g.dilation.size() == 2,
+      "qkernels: kernel, stride and dilation must be two numbers each, and padding four");
   const int64_t members = scale.size(0), channels = scale.size(1);
   STD_TORCH_CHECK(
       g.groups > 0 && x.size(1) % g.groups == 0 && channels % g.groups == 0,
       "qkernels: channels do not divide by groups");
   STD_TORCH_CHECK(shared || x.size(0) % members == 0, "qkernels: images do not divide among members");
+  const int64_t top = g.padding[0], left = g.padding[1], bottom = g.padding[2], right = g.padding[3];
   return {
-      members, shared ? x.size(0) : x.size(0) / members, x.size(1), x.size(2), x.size(3), channels,
-      output_size(x.size(2), g.kernel_h, g.stride_h, g.pad_top + g.pad_bottom, g.dilation_h),
-      output_size(x.size(3), g.kernel_w, g.stride_w, g.pad_left + g.pad_right, g.dilation_w),
-      g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.pad_top, g.pad_left, g.pad_bottom, g.pad_right, g.dilation_h,
-      g.dilation_w, g.groups, shared};
+      .members = members,
+      .images = shared ? x.size(0) : x.size(0) / members,
+      .in_channels = x.size(1),
+      .height = x.size(2),
+      .width = x.size(3),
+      .out_channels = channels,
+      .out_height = output_size(x.size(2), g.kernel[0], g.stride[0], top + bottom, g.dilation[0]),
+      .out_width = output_size(x.size(3), g.kernel[1], g.stride[1], left + right, g.dilation[1]),
+      .kernel_h = g.kernel[0],
+      .kernel_w = g.kernel[1],
+      .stride_h = g.stride[0],
+      .stride_w = g.stride[1],
+      .pad_top = top,
+      .pad_left = left,
+      .pad_bottom = bottom,
+      .pad_right = right,
+      .dilation_h = g.dilation[0],
+      .dilation_w = g.dilation[1],
+      .groups = g.groups,
+      .shared = shared};
 }
 
 Tensor empty_output(const Tensor& x, const Sizes& s, ScalarType dtype) {
@@ -57,12 +80,9 @@ void check_residual(const OptionalTensor& residual, const Tensor& y) {
 
 Tensor packed_conv2d(
     Tensor x, Tensor packed, Tensor scale, OptionalTensor bias, OptionalTensor residual, int64_t bits,
-    int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_top, int64_t pad_left,
-    int64_t pad_bottom, int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups, bool shared,
+    Numbers kernel, Numbers stride, Numbers padding, Numbers dilation, int64_t groups, bool shared,
     std::string activation) {
-  const Geometry geometry{kernel_h,   kernel_w,  stride_h,   stride_w,   pad_top, pad_left,
-                          pad_bottom, pad_right, dilation_h, dilation_w, groups};
-  const Sizes s = sizes_of(x, scale, geometry, shared);
+  const Sizes s = sizes_of(x, scale, {kernel, stride, padding, dilation, groups}, shared);
   packed = torch::stable::contiguous(packed);
   const PackedWeights weights = weights_of(packed, s, bits);
   const OptionalTensor scales = floats("scale", scale, s.members * s.out_channels);
@@ -73,8 +93,14 @@ Tensor packed_conv2d(
   STD_TORCH_CHECK(
       !residual || residual->scalar_type() == x.scalar_type(), "qkernels: residual must have the dtype of x");
   const Epilogue e{
-      s.out_channels, data(scales), nullptr, data(bias), residual ? residual->data_ptr() : nullptr, x.scalar_type(),
-      nullptr, activation_named(activation), y.data_ptr(), x.scalar_type(), nullptr, 0.0f, 0.0f};
+      .channels = s.out_channels,
+      .scale = data(scales),
+      .bias = data(bias),
+      .residual = residual ? residual->data_ptr() : nullptr,
+      .residual_dtype = x.scalar_type(),
+      .activation = activation_named(activation),
+      .out = y.data_ptr(),
+      .out_dtype = x.scalar_type()};
   if (y.numel() == 0) return y;
   if (s.depthwise())
     convolve_depthwise(image_of_floats(channels_last(x), s.unpadded(), 1), s, weights, e);
@@ -85,13 +111,10 @@ Tensor packed_conv2d(
 
 Tensor packed_conv2d_int8(
     Tensor x, Tensor x_scale, Tensor packed, Tensor scale, OptionalTensor bias, OptionalTensor residual,
-    OptionalTensor residual_scale, OptionalTensor out_scale, int64_t bits, int64_t kernel_h, int64_t kernel_w,
-    int64_t stride_h, int64_t stride_w, int64_t pad_top, int64_t pad_left, int64_t pad_bottom, int64_t pad_right,
-    int64_t dilation_h, int64_t dilation_w, int64_t groups, bool shared, std::string activation, int64_t qmin,
-    int64_t qmax, ScalarType out_dtype) {
-  const Geometry geometry{kernel_h,   kernel_w,  stride_h,   stride_w,   pad_top, pad_left,
-                          pad_bottom, pad_right, dilation_h, dilation_w, groups};
-  const Sizes s = sizes_of(x, scale, geometry, shared);
+    OptionalTensor residual_scale, OptionalTensor out_scale, int64_t bits, Numbers kernel, Numbers stride,
+    Numbers padding, Numbers dilation, int64_t groups, bool shared, std::string activation, int64_t qmin, int64_t qmax,
+    ScalarType out_dtype) {
+  const Sizes s = sizes_of(x, scale, {kernel, stride, padding, dilation, groups}, shared);
   STD_TORCH_CHECK(is_code(x.scalar_type()), "qkernels: x must be int8 or uint8");
   packed = torch::stable::contiguous(packed);
   const PackedWeights weights = weights_of(packed, s, bits);
@@ -108,9 +131,19 @@ Tensor packed_conv2d_int8(
           is_code(out_dtype) == out_scale.has_value(),
       "qkernels: scales of residual and output go with codes");
   const Epilogue e{
-      s.out_channels, data(scales), data(x_scales), data(bias), residual ? residual->data_ptr() : nullptr,
-      residual ? residual->scalar_type() : ScalarType::Float, data(residual_scale), activation_named(activation),
-      y.data_ptr(), out_dtype, data(out_scale), static_cast<float>(qmin), static_cast<float>(qmax)};
+      .channels = s.out_channels,
+      .scale = data(scales),
+      .x_scale = data(x_scales),
+      .bias = data(bias),
+      .residual = residual ? residual->data_ptr() : nullptr,
+      .residual_dtype = residual ? residual->scalar_type() : ScalarType::Float,
+      .residual_scale = data(residual_scale),
+      .activation = activation_named(activation),
+      .out = y.data_ptr(),
+      .out_dtype = out_dtype,
+      .out_scale = data(out_scale),
+      .qmin = static_cast<float>(qmin),
+      .qmax = static_cast<float>(qmax)};
   if (y.numel() == 0) return y;
   if (s.depthwise())
     convolve_depthwise(image_of_codes(channels_last(x), s.unpadded(), 1), s, weights, e);

@@ -9,13 +9,15 @@
 
 namespace qkernels {
 
-struct Sizes {
+struct Sizes {  // a linear layer's but for the four without a value here
   int64_t members, images;  // images of each member
-  int64_t in_channels, height, width;
-  int64_t out_channels, out_height, out_width;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w;
-  int64_t groups;
-  bool shared;  // every member sees the same images
+  int64_t in_channels, height = 1, width = 1;
+  int64_t out_channels, out_height = 1, out_width = 1;
+  int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1;
+  int64_t pad_top = 0, pad_left = 0, pad_bottom = 0, pad_right = 0;
+  int64_t dilation_h = 1, dilation_w = 1;
+  int64_t groups = 1;
+  bool shared = false;  // every member sees the same images
 
   int64_t depth() const { return in_channels / groups; }
   int64_t codes_a_channel() const { return kernel_h * kernel_w * depth(); }

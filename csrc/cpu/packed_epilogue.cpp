@@ -289,14 +289,6 @@ bool finish_codes(
 
 }  // namespace
 
-Activation activation_named(std::string_view name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "relu6") return Activation::relu6;
-  STD_TORCH_CHECK(name == "silu", "qkernels: activation must be none, relu, relu6 or silu");
-  return Activation::silu;
-}
-
 ChannelBlock::ChannelBlock(const Epilogue& e, int64_t member, int64_t first, int64_t n) : count(n) {
   for (int64_t c = 0; c < n; ++c) {
     const int64_t i = member * e.channels + first + c;

@@ -1,12 +1,12 @@
 // What follows the sums of a packed convolution: scale, bias, residual, activation, and codes again.
 #pragma once
 
+#include "../activation.h"
 #include "cpu_isa.h"
 
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <string_view>
 
 namespace qkernels {
 
@@ -14,25 +14,21 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kBlockChannels = 64;  // output channels that a tile has at most
 
-enum class Activation { none, relu, relu6, silu };
-
-Activation activation_named(std::string_view name);
-
 // Pointers to float32 vectors of all members, [members, channels] or [members]; null where the op has none. Residual
 // and output are [members, pixels, channels].
 struct Epilogue {
   int64_t channels;
   const float* scale;
-  const float* x_scale;
-  const float* bias;
-  const void* residual;
-  ScalarType residual_dtype;
-  const float* residual_scale;
+  const float* x_scale = nullptr;
+  const float* bias = nullptr;
+  const void* residual = nullptr;
+  ScalarType residual_dtype = ScalarType::Float;
+  const float* residual_scale = nullptr;
   Activation activation;
   void* out;
   ScalarType out_dtype;
-  const float* out_scale;
-  float qmin, qmax;
+  const float* out_scale = nullptr;
+  float qmin = 0.0f, qmax = 0.0f;
   Isa isa = cpu_isa();  // of all kernels of this call
 };
 

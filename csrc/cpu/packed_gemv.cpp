@@ -58,7 +58,8 @@ Tensor packed_gemv(
           (shared || x.size(0) % scale.size(0) == 0),
       "qkernels: x must be [rows, in], rows for every member, and scale [members, out]");
   const int64_t members = scale.size(0), channels = scale.size(1), rows = shared ? x.size(0) : x.size(0) / members;
-  const Sizes s{members, rows, x.size(1), 1, 1, channels, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, shared};
+  const Sizes s{
+      .members = members, .images = rows, .in_channels = x.size(1), .out_channels = channels, .shared = shared};
   packed = torch::stable::contiguous(packed);
   const PackedWeights weights = weights_of(packed, s, bits);
   const OptionalTensor scales = floats("scale", scale, members * channels);
@@ -66,8 +67,12 @@ Tensor packed_gemv(
   const int64_t sizes[] = {members * rows, channels}, strides[] = {channels, 1};
   Tensor y = empty_strided({sizes, 2}, {strides, 2}, x.scalar_type(), x);
   const Epilogue e{
-      channels, data(scales), nullptr, data(bias), nullptr, x.scalar_type(), nullptr, activation_named(activation),
-      y.data_ptr(), x.scalar_type(), nullptr, 0.0f, 0.0f};
+      .channels = channels,
+      .scale = data(scales),
+      .bias = data(bias),
+      .activation = activation_named(activation),
+      .out = y.data_ptr(),
+      .out_dtype = x.scalar_type()};
   if (y.numel() == 0) return y;
   const Image<float> image = image_of_floats(torch::stable::contiguous(x), s, 1);
   rows == 1 ? multiply(image, s, weights, e) : convolve_floats(image, s, weights, e);

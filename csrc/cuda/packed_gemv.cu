@@ -23,6 +23,7 @@
 #include <optional>
 #include <string>
 
+#include "../activation.h"
 #include "packed_codes.cuh"
 #include "packed_columns.cuh"
 #include "packed_memory.cuh"
@@ -34,8 +35,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kTileRows = 16;  // rows of the weight in an mma
 constexpr int kTileColumns = 8;  // columns of x in an mma
 constexpr int kStepBlocks = 2;
-
-enum class Activation { none, relu, relu6, silu };
 
 struct Gemv {
   const void* x;
@@ -283,14 +282,6 @@ __global__ __launch_bounds__(kThreads, 2) void gemv_kernel(const __grid_constant
   with_type_of_x(g, [&]<typename X>(Type<X>) { write_results<X, kColumnTiles>(g, work, of_warps); });
 }
 
-Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "relu6") return Activation::relu6;
-  STD_TORCH_CHECK(name == "silu", "packed_gemv: unknown activation ", name);
-  return Activation::silu;
-}
-
 // How the work is cut: tiles enough for two thread blocks on each multiprocessor, if need be by splitting their steps
 // among warps. Does not depend on the rows of x, so a row's result does not depend on those beside it.
 Gemv plan(const Context& context, int64_t members, int64_t rows, int64_t in, int64_t out, int parts) {
@@ -352,7 +343,7 @@ Tensor packed_gemv(
   g.bias = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
   g.y = y.data_ptr();
   g.dtype = x.scalar_type();
-  g.activation = activation_of(activation);
+  g.activation = activation_named(activation);
   g.shared = shared;
   g.aligned = is_aligned({g.x});
   g.member_bytes = packed.size(1);

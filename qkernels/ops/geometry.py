@@ -1,6 +1,8 @@
 """The shape of a convolution."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.nn.modules.utils import _pair
 
@@ -16,15 +18,16 @@ class Geometry:
     groups: int = 1
 
     @property
-    def arguments(self) -> tuple[int, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """In the order of the ops' schemas."""
-        return (*self.kernel, *self.stride, *self.padding, *self.dilation, self.groups)
+        return self.kernel, self.stride, self.padding, self.dilation, self.groups
 
     @classmethod
-    def of(cls, arguments: tuple[int, ...]) -> "Geometry":
-        """The inverse of `arguments`."""
-        a = tuple(arguments)
-        return cls(a[0:2], a[2:4], a[4:8], a[8:10], a[10])  # type: ignore[arg-type]
+    def of(
+        cls, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    ) -> "Geometry":
+        """From the arguments of an op, which come as lists."""
+        return cls(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         top, left, bottom, right = self.padding

@@ -96,7 +96,7 @@ def _check_packed_conv2d(
 
 @torch.library.register_fake("qkernels::packed_conv2d", lib=library)
 def _packed_conv2d_fake(x, packed, scale, bias, residual, bits, *rest):
-    geometry, (shared, activation) = Geometry.of(rest[:11]), rest[11:]
+    geometry, (shared, activation) = Geometry.of(*rest[:5]), rest[5:]
     shape = _check_packed_conv2d(x, packed, scale, bias, residual, bits, geometry, shared, activation)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
@@ -182,7 +182,7 @@ def _check_packed_conv2d_int8(
 
 @torch.library.register_fake("qkernels::packed_conv2d_int8", lib=library)
 def _packed_conv2d_int8_fake(x, x_scale, packed, scale, bias, residual, residual_scale, out_scale, bits, *rest):
-    geometry, (shared, activation, qmin, qmax, out_dtype) = Geometry.of(rest[:11]), rest[11:]
+    geometry, (shared, activation, qmin, qmax, out_dtype) = Geometry.of(*rest[:5]), rest[5:]
     shape = _check_packed_conv2d_int8(
         x,
         x_scale,

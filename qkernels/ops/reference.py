@@ -141,7 +141,7 @@ def mean_abs(x: Tensor, axis: int | None) -> Tensor:
 # Packed inference. docs/format.md is the layout of the packed bits.
 
 
-def _plane_widths(bits: int) -> list[int]:
+def plane_widths(bits: int) -> list[int]:
     widths: list[int] = []
     while sum(widths) < bits:
         left = bits - sum(widths)
@@ -155,7 +155,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     chunks = codes.new_zeros(blocks * 256, dtype=torch.uint8)
     chunks[: codes.numel()] = codes.reshape(-1).view(torch.uint8)
     rows, start = [], 0
-    for width in _plane_widths(bits):
+    for width in plane_widths(bits):
         # Chunk j goes to row j % width at shift width * (j // width).
         part = ((chunks >> start) & (2**width - 1)).view(blocks, 8 // width, width, 32)
         shifts = torch.arange(0, 8, width, device=codes.device, dtype=torch.uint8).view(-1, 1, 1)
@@ -169,7 +169,7 @@ def unpack(packed: Tensor, bits: int, count: int, signed: bool) -> Tensor:
     rows = packed.reshape(*packed.shape[:-1], packed.shape[-1] // (32 * bits), bits, 32)
     codes = packed.new_zeros(*rows.shape[:-2], 8, 32)
     start = 0
-    for width in _plane_widths(bits):
+    for width in plane_widths(bits):
         shifts = torch.arange(0, 8, width, device=packed.device, dtype=torch.uint8).view(-1, 1, 1)
         part = (rows[..., None, start : start + width, :] >> shifts) & (2**width - 1)
         codes |= part.reshape(codes.shape) << start
@@ -236,7 +236,7 @@ def packed_conv2d(
     *rest: Any,
 ) -> Tensor:
     """activation(conv2d(x, codes) * scale + bias + residual) of M members, in float32 (float64 for float64 x)."""
-    geometry, (shared, activation) = Geometry.of(rest[:11]), rest[11:]
+    geometry, (shared, activation) = Geometry.of(*rest[:5]), rest[5:]
     compute = torch.promote_types(x.dtype, torch.float32)
     sums = _member_sums(x.to(compute), packed, scale.shape[1], bits, geometry, shared)
     y = _epilogue(sums, scale, bias, residual, activation)
@@ -256,7 +256,7 @@ def packed_conv2d_int8(
     *rest: Any,
 ) -> Tensor:
     """`packed_conv2d` on codes: exact sums, then float32 in the order of the formula, then codes again."""
-    geometry, (shared, activation, qmin, qmax, out_dtype) = Geometry.of(rest[:11]), rest[11:]
+    geometry, (shared, activation, qmin, qmax, out_dtype) = Geometry.of(*rest[:5]), rest[5:]
     # float64 holds every int32 sum exactly, and unlike integers it has a convolution on every device.
     sums = _member_sums(x.double(), packed, scale.shape[1], bits, geometry, shared).float()
     if residual is not None:

@@ -21,10 +21,7 @@ TRAINING = {
     "mean_abs": "(Tensor x, int? axis) -> Tensor",
 }
 
-_GEOMETRY = (
-    "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_top, int pad_left, int pad_bottom, "
-    "int pad_right, int dilation_h, int dilation_w, int groups"
-)
+_GEOMETRY = "int[2] kernel, int[2] stride, int[4] padding, int[2] dilation, int groups"
 PACKED = {
     "pack": "(Tensor codes, int bits) -> Tensor",
     "unpack": "(Tensor packed, int bits, int count, bool signed) -> Tensor",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops.geometry import Geometry, conv_geometry
 from ..ops.packed_conv2d import ACTIVATIONS, Activation, packed_conv2d, packed_conv2d_int8
+from ..ops.packed_gemv import packed_gemv
 from ..ops.packing import codes_dtype, dequantize_packed, pack, packed_bytes, quantize
 from ..quantize.codes import weight_codes
 from ..quantize.layers import QuantizedLayer
@@ -22,6 +23,7 @@ from ..quantize.quantizers import positive_scale
 from .kinds import Expected, LayerKind, ProgramError, Settings, geometry_settings
 
 INTEGERS = (torch.int8, torch.uint8)
+GEMV_ROWS = 8  # of a member, up to which `packed_gemv` multiplies
 
 
 class Run(NamedTuple):
@@ -416,7 +418,25 @@ class PackedLinear(PackedLayer):
         return layer
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        added = None if residual is None else residual.reshape(-1, self.out_channels, 1, 1)
-        y = self._convolve(x.reshape(-1, self.in_channels, 1, 1), added, self.geometry)
+        rows = x.reshape(-1, self.in_channels)
+        few = rows.shape[0] <= GEMV_ROWS * (1 if self.shared else self.members)
+        if few and residual is None and self.input_scale is None:
+            y = self._multiply(rows)
+        else:
+            added = None if residual is None else residual.reshape(-1, self.out_channels, 1, 1)
+            y = self._convolve(rows[:, :, None, None], added, self.geometry)
         batch = x.shape[0] * (self.members if self.shared else 1)
         return y.reshape(batch, *x.shape[1:-1], self.out_channels)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        """Few rows [M * N, in] to [M * N, out]."""
+        results = []
+        for run in self.runs:
+            packed = self.weight_packed[run.bytes].view(run.members.stop - run.members.start, -1)
+            bias = None if self.bias is None else self.bias[run.members]
+            x = rows if self.shared else images_of(rows, self.members, run.members)
+            scale = self.weight_scale[run.members]
+            results.append(
+                packed_gemv(x, packed, scale, bias, run.bits, shared=self.shared, activation=self.activation)
+            )
+        return results[0] if len(results) == 1 else torch.cat(results)

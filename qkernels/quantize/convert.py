@@ -174,6 +174,39 @@ def _layer_config(config: QConfig, layer: LayerPolicy | QConfig | None) -> QConf
     return replace(config, weight_bits=bits, act_bits=None if config.act_bits is None else bits)
 
 
+def _plan(
+    config: QConfig,
+    modules: dict[str, nn.Module],
+    candidates: list[str],
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+) -> tuple[dict[str, QConfig], dict[str, str]]:
+    """What each layer gets, and why the others stay float."""
+    overrides = _match_overrides(config, candidates)
+    plan: dict[str, QConfig] = {}
+    skipped: dict[str, str] = {}
+    for name, module in modules.items():
+        if name not in candidates:
+            if (why := _why_unsupported(module)) is not None:
+                skipped[name] = why
+            continue
+        layer: QConfig | None = config
+        reason = ""
+        if name in overrides:
+            layer, reason = _layer_config(config, overrides[name]), "override"
+        elif name and name == candidates[-1]:
+            layer, reason = _layer_config(config, config.last_layer), f"last layer (last_layer={config.last_layer!r})"
+        elif name and name == candidates[0]:
+            layer = _layer_config(config, config.first_layer)
+            reason = f"first layer (first_layer={config.first_layer!r})"
+        if layer is not None and filter_fn is not None and not filter_fn(module, name):
+            layer, reason = None, "filter_fn"
+        if layer is None:
+            skipped[name] = reason
+        else:
+            plan[name] = layer
+    return plan, skipped
+
+
 def quantize_(
     model: nn.Module, config: QConfig | None = None, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> QuantizationReport:
@@ -199,33 +232,7 @@ def quantize_(
     config = config or QConfig()
     modules = dict(model.named_modules())
     candidates = {name: kind for name, m in modules.items() if (kind := quantized_type(m)) is not None}
-    overrides = _match_overrides(config, list(candidates))
-    names = list(candidates)
-    plan: dict[str, QConfig] = {}
-    skipped: dict[str, str] = {}
-    for name, module in modules.items():
-        if name not in candidates:
-            reason = _why_unsupported(module)
-            if reason is not None:
-                skipped[name] = reason
-            continue
-        layer: QConfig | None = config
-        reason = ""
-        if name in overrides:
-            layer, reason = _layer_config(config, overrides[name]), "override"
-        elif name and name == names[-1]:
-            layer, reason = _layer_config(config, config.last_layer), f"last layer (last_layer={config.last_layer!r})"
-        elif name and name == names[0]:
-            layer, reason = (
-                _layer_config(config, config.first_layer),
-                f"first layer (first_layer={config.first_layer!r})",
-            )
-        if layer is not None and filter_fn is not None and not filter_fn(module, name):
-            layer, reason = None, "filter_fn"
-        if layer is None:
-            skipped[name] = reason
-        else:
-            plan[name] = layer
+    plan, skipped = _plan(config, modules, list(candidates), filter_fn)
     if not plan:
         reasons = "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in list(skipped.items())[:5])
         raise ValueError(f"quantize_: nothing to quantize in {type(model).__name__} ({reasons or 'no layers'})")

@@ -163,11 +163,8 @@ def fake_quantize_backward(
     grad_x = torch.empty_like(x)
     offset_needed = param_grads and offset is not None
     if x.numel() == 0:
-        return (
-            grad_x,
-            torch.zeros_like(scale) if param_grads else scale.new_empty(0),
-            torch.zeros_like(scale) if offset_needed else scale.new_empty(0),
-        )
+        nothing, zeros = scale.new_empty(0), torch.zeros_like(scale)
+        return grad_x, zeros if param_grads else nothing, zeros.clone() if offset_needed else nothing
     m = matrix(x, axis)
     launch = launch_of("backward", x)
     block_kept, block_summed = m.tile(launch)

@@ -300,31 +300,44 @@ def fake_quantize_multi_backward(
         grad_xs.append(grad_x)
         grad_scales.append(grad_scale)
     if columns:
+        partials = scales[0].new_empty(programs) if param_grads and axis is None else None
         with on_device_of(xs[0]):
-            table = _device_table(columns, xs[0].device)
-            partials = scales[0].new_empty(programs) if param_grads and axis is None else None
-            _backward_kernel[(programs,)](
-                table,
-                partials,
-                len(columns),
-                segment,
-                PARAM_GRADS=param_grads,
-                GRAD_TYPE=_TL[grads[0].dtype],
-                X_TYPE=_TL[xs[0].dtype],
-                LAYERS=triton.next_power_of_2(len(columns)),
-                BLOCK=launch.block,
-                num_warps=launch.num_warps,
-                enable_fp_fusion=False,
-            )
-            if partials is not None:
-                fold = launch_of("multi_fold", xs[0])
-                _fold_kernel[(len(columns),)](
-                    table,
-                    partials,
-                    len(columns),
-                    programs,
-                    BLOCK=fold.block,
-                    num_warps=fold.num_warps,
-                    enable_fp_fusion=False,
-                )
+            _launch_backward(columns, programs, segment, grads[0], xs[0], partials, param_grads)
     return grad_xs, grad_scales
+
+
+def _launch_backward(
+    columns: list[tuple[int, ...]],
+    programs: int,
+    segment: int,
+    grad: Tensor,
+    x: Tensor,
+    partials: Tensor | None,
+    param_grads: bool,
+) -> None:
+    """`columns` describe the layers; `grad` and `x` are the first's, and tell the dtypes of all."""
+    table, launch = _device_table(columns, x.device), launch_of("multi_backward", x)
+    _backward_kernel[(programs,)](
+        table,
+        partials,
+        len(columns),
+        segment,
+        PARAM_GRADS=param_grads,
+        GRAD_TYPE=_TL[grad.dtype],
+        X_TYPE=_TL[x.dtype],
+        LAYERS=triton.next_power_of_2(len(columns)),
+        BLOCK=launch.block,
+        num_warps=launch.num_warps,
+        enable_fp_fusion=False,
+    )
+    if partials is not None:
+        fold = launch_of("multi_fold", x)
+        _fold_kernel[(len(columns),)](
+            table,
+            partials,
+            len(columns),
+            programs,
+            BLOCK=fold.block,
+            num_warps=fold.num_warps,
+            enable_fp_fusion=False,
+        )

@@ -1,8 +1,8 @@
-"""`packed_conv2d`, `packed_conv2d_int8` and `packed_gemv`: which kernel serves a layer, and how it is launched."""
+"""`packed_conv2d` and `packed_conv2d_int8`: which kernel serves a layer, and how it is launched."""
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
 from ..ops.geometry import Geometry
 from . import tuning
 from .depthwise import depthwise_kernel
@@ -24,7 +23,6 @@ _TL = {
     torch.int8: tl.int8,
     torch.uint8: tl.int8,
 }
-GEMV_ROWS = 8  # of a member, up to which a C++/CUDA packed_gemv is preferred
 
 
 def _alignment(*sizes: int) -> int:
@@ -33,7 +31,7 @@ def _alignment(*sizes: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Epilogue:
+class Epilogue:
     """What `packed_epilogue.finish` takes: the tensors and range that follow the sums."""
 
     x_scale: Tensor | None
@@ -46,7 +44,7 @@ class _Epilogue:
     qmin: int
     qmax: int
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[Any, ...]:
         """In the order of the kernels, laid out as they read them."""
         vectors = (self.x_scale, self.scale, self.bias)
@@ -61,8 +59,8 @@ class _Epilogue:
         )
 
 
-def _convolve(
-    x: Tensor, packed: Tensor, epilogue: _Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
+def convolve(
+    x: Tensor, packed: Tensor, epilogue: Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
 ) -> Tensor:
     """Fill and return epilogue.out."""
     if epilogue.out.numel():
@@ -77,7 +75,7 @@ def _convolve(
 
 
 def _depthwise(
-    x: Tensor, packed: Tensor, epilogue: _Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
+    x: Tensor, packed: Tensor, epilogue: Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
 ) -> None:
     images, channels, out_height, out_width = epilogue.out.shape
     members = packed.shape[0]
@@ -119,7 +117,7 @@ def _depthwise(
 
 
 def _implicit_gemm(
-    x: Tensor, packed: Tensor, epilogue: _Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
+    x: Tensor, packed: Tensor, epilogue: Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
 ) -> None:
     images, channels, out_height, out_width = epilogue.out.shape
     members, groups = packed.shape[0], geometry.groups
@@ -128,14 +126,25 @@ def _implicit_gemm(
     depth = depth_per_tap * math.prod(geometry.kernel)
     # Triton's interpreter has no bfloat16 product.
     dot = tl.float32 if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret else _TL[x.dtype]
-    integers = dot == tl.int8
     depth_aligned = math.gcd(32, depth)
     if depth_aligned >= 4:
         packed = packed.view(-1).view(torch.int32)
     x_member, packed_member = 0 if shared else x.numel() // members, packed.numel() // members
-    out_aligned = _alignment(channels // groups)
-    sizes = (x.numel() // (1 if shared else members), pixels * channels, channels * depth)
-    arguments = epilogue.arguments
+    sizes = (pixels, channels, depth, depth_per_tap, x.shape[1], *x.shape[2:], out_height, out_width)
+    window = (*geometry.stride, *geometry.padding[:2], *geometry.dilation)
+    largest = max(x.numel() // (1 if shared else members), pixels * channels, channels * depth)
+    constants = {
+        "BITS": bits,
+        "ACTIVATION": activation,
+        "DOT": dot,
+        "KERNEL_H": geometry.kernel[0],
+        "KERNEL_W": geometry.kernel[1],
+        "PADDED": any(geometry.padding),
+        "DEPTH_ALIGNED": depth_aligned,
+        "IN_ALIGNED": _alignment(depth_per_tap),
+        "OUT_ALIGNED": _alignment(channels // groups),
+        "enable_fp_fusion": False,
+    }
 
     def launch(tile: tuning.Tile) -> None:
         channel_tiles = triton.cdiv(channels // groups, tile.channels)
@@ -144,50 +153,23 @@ def _implicit_gemm(
         splits = max(1, triton.cdiv(triton.cdiv(depth, tile.depth), walked))
         partials = None
         if splits > 1:
-            partials = x.new_empty(splits, members, pixels, channels, dtype=torch.int32 if integers else torch.float32)
+            sums = torch.int32 if dot == tl.int8 else torch.float32
+            partials = x.new_empty(splits, members, pixels, channels, dtype=sums)
+        tiles = (channel_tiles, pixel_tiles, groups, walked, packed_member, x_member)
         conv_kernel[(channel_tiles * pixel_tiles * groups * members, splits)](
-            x,
-            packed,
-            partials,
-            *arguments,
-            channel_tiles,
-            pixel_tiles,
-            groups,
-            walked,
-            packed_member,
-            x_member,
-            pixels,
-            channels,
-            depth,
-            depth_per_tap,
-            x.shape[1],
-            *x.shape[2:],
-            out_height,
-            out_width,
-            *geometry.stride,
-            *geometry.padding[:2],
-            *geometry.dilation,
-            BITS=bits,
-            ACTIVATION=activation,
-            DOT=dot,
-            KERNEL_H=geometry.kernel[0],
-            KERNEL_W=geometry.kernel[1],
-            PADDED=any(geometry.padding),
+            *(x, packed, partials, *epilogue.arguments, *tiles, *sizes, *window),
+            **constants,
             ONE_TAP=depth_per_tap % tile.depth == 0,
-            DEPTH_ALIGNED=depth_aligned,
             EVEN=depth % tile.depth == 0,
-            WIDE=max(sizes) + tile.depth * tile.channels >= 2**31,
-            IN_ALIGNED=_alignment(depth_per_tap),
-            OUT_ALIGNED=out_aligned,
+            WIDE=largest + tile.depth * tile.channels >= 2**31,
             BLOCK_CHANNELS=tile.channels,
             BLOCK_PIXELS=tile.pixels,
             BLOCK_DEPTH=tile.depth,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            enable_fp_fusion=False,
         )
         if partials is not None:
-            _fold(partials, arguments, activation, out_aligned)
+            _fold(partials, epilogue.arguments, activation, constants["OUT_ALIGNED"])
 
     bucket = tuning.Bucket.of(dot.name, channels // groups, pixels, depth, depth_per_tap, members * groups)
     launch(tuning.tile_of(bucket, x.device, launch))
@@ -217,14 +199,9 @@ def _fold(partials: Tensor, arguments: tuple[Any, ...], activation: str, out_ali
     )
 
 
-def _output(x: Tensor, members: int, channels: int, geometry: Geometry, shared: bool, dtype: torch.dtype) -> Tensor:
+def output_of(x: Tensor, members: int, channels: int, geometry: Geometry, shared: bool, dtype: torch.dtype) -> Tensor:
     shape = (x.shape[0] * (members if shared else 1), channels, *geometry.output_size(*x.shape[2:]))
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-
-
-@cache
-def _has_cuda_gemv() -> bool:
-    return any((row.op, row.device, row.backend) == ("packed_gemv", "cuda", "cuda") for row in backends.report())
 
 
 def packed_conv2d(
@@ -237,17 +214,10 @@ def packed_conv2d(
     *rest: Any,
 ) -> Tensor:
     """`reference.packed_conv2d`, in one launch, or two where the sum is split."""
-    geometry, (shared, activation) = Geometry.of(rest[:11]), rest[11:]
-    members, channels = scale.shape
-    rows = x.shape[0] // (1 if shared else members) * x.shape[2] * x.shape[3]
-    if geometry == Geometry() and residual is None and rows <= GEMV_ROWS and x.is_cuda and _has_cuda_gemv():
-        images, _, height, width = x.shape
-        row_wise = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        y = torch.ops.qkernels.packed_gemv(row_wise, packed, scale, bias, bits, shared, activation)
-        return y.view(images * (members if shared else 1), height, width, channels).permute(0, 3, 1, 2)
-    out = _output(x, members, channels, geometry, shared, x.dtype)
-    epilogue = _Epilogue(None, scale, bias, residual, None, None, out, 0, 0)
-    return _convolve(x, packed, epilogue, bits, geometry, shared, activation)
+    geometry, (shared, activation) = Geometry.of(*rest[:5]), rest[5:]
+    out = output_of(x, scale.shape[0], scale.shape[1], geometry, shared, x.dtype)
+    epilogue = Epilogue(None, scale, bias, residual, None, None, out, 0, 0)
+    return convolve(x, packed, epilogue, bits, geometry, shared, activation)
 
 
 def packed_conv2d_int8(
@@ -263,17 +233,7 @@ def packed_conv2d_int8(
     *rest: Any,
 ) -> Tensor:
     """`reference.packed_conv2d_int8`, in one launch, or two where the sum is split."""
-    geometry, (shared, activation, qmin, qmax, out_dtype) = Geometry.of(rest[:11]), rest[11:]
-    out = _output(x, scale.shape[0], scale.shape[1], geometry, shared, out_dtype)
-    epilogue = _Epilogue(x_scale, scale, bias, residual, residual_scale, out_scale, out, qmin, qmax)
-    return _convolve(x, packed, epilogue, bits, geometry, shared, activation)
-
-
-def packed_gemv(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int, shared: bool, activation: str
-) -> Tensor:
-    """`reference.packed_gemv`: a convolution of 1x1 images, whose one tile of pixels reads each weight once."""
-    images = x[:, :, None, None]
-    out = _output(images, scale.shape[0], scale.shape[1], Geometry(), shared, x.dtype)
-    epilogue = _Epilogue(None, scale, bias, None, None, None, out, 0, 0)
-    return _convolve(images, packed, epilogue, bits, Geometry(), shared, activation)[:, :, 0, 0].contiguous()
+    geometry, (shared, activation, qmin, qmax, out_dtype) = Geometry.of(*rest[:5]), rest[5:]
+    out = output_of(x, scale.shape[0], scale.shape[1], geometry, shared, out_dtype)
+    epilogue = Epilogue(x_scale, scale, bias, residual, residual_scale, out_scale, out, qmin, qmax)
+    return convolve(x, packed, epilogue, bits, geometry, shared, activation)

@@ -129,11 +129,9 @@ def ensemble(
 ) -> Path:
     """Evaluate one ensemble on the target's in and out parts and the sources' out parts, and write it to `folder`."""
     card = members[0][1]
-    run, method = card.run, METHODS[card.run.method]
-    log(
-        f"{method.ensemble_label} of {len(members)} members on {card.dataset}, target domain {card.target}, "
-        f"trial {run.trial_seed}"
-    )
+    run = card.run
+    task = f"{card.dataset}, target domain {card.target}, trial {run.trial_seed}"
+    log(f"{METHODS[run.method].ensemble_label} of {len(members)} members on {task}")
     models = [load_model(path, device) for path, _ in members]
     packed = None
     if card.quantization is not None:
@@ -160,45 +158,56 @@ def ensemble(
             change[f"{part}_acc"] = judged[part][0] - before[part][0]
             of = f"{parts[part].domain.name}, {'in' if part.endswith('in') else 'out'} part"
             log(f"  integer activations change the accuracy by {100 * change[f'{part}_acc']:+.1f} points on {of}")
-    test = f"env{run.test_env}_in"
+    settings = {"combine": config.combine, "integer": config.integer, "integer_change": change}
     record = {
         **{f"{part}_acc": together for part, (together, _) in judged.items()},
-        "members": len(members),
-        "combine": config.combine,
-        "integer": config.integer,
-        "integer_change": change,
-        "dataset": card.dataset,
-        "data_source": dataset.source,
-        "domains": card.domains,
-        "method": run.method,
-        "target": card.target,
-        "test_env": run.test_env,
-        "trial_seed": run.trial_seed,
-        "settings": common([settings_of(member.run) for _, member in members]),
-        "target_accuracy": judged[test][0],
+        **settings,
+        **facts_of(members, dataset, device),
+        "target_accuracy": judged[f"env{run.test_env}_in"][0],
         "nbytes": sum(member.nbytes for _, member in members) if packed is None else packed.nbytes,
-        "float_nbytes": card.float_nbytes,
-        "environment": describe_environment(device),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    manifest = [
-        {
-            "folder": str(path),
-            "seed": member.run.seed,
-            "selected_step": member.selected_step,
-            "nbytes": member.nbytes,
-            "accuracies": {f"{part}_acc": alone[index] for part, (_, alone) in judged.items()},
-        }
-        for index, (path, member) in enumerate(members)
-    ]
+    alone = {f"{part}_acc": of_members for part, (_, of_members) in judged.items()}
+    manifest = [manifest_entry(member, {part: of[i] for part, of in alone.items()}) for i, member in enumerate(members)]
     write_json(folder / "members.json", {"combine": config.combine, "members": manifest})
     write_records(folder / "results.jsonl", [record])
     if packed is not None:
         accuracy = {parts[part].domain.name: judged[part][0] for part in wanted if part != f"env{run.test_env}_out"}
         packed.save(folder / "packed", accuracy=accuracy, seeds=[member.run.seed for _, member in members])
-    singles = ", ".join(f"{100 * one:.1f}" for one in judged[test][1])
-    log(f"  target accuracy {100 * judged[test][0]:.1f} (members alone: {singles}) -> {folder}")
+    together, each = judged[f"env{run.test_env}_in"]
+    singles = ", ".join(f"{100 * one:.1f}" for one in each)
+    log(f"  target accuracy {100 * together:.1f} (members alone: {singles}) -> {folder}")
     return folder
+
+
+def manifest_entry(member: Member, accuracies: dict[str, float]) -> dict[str, Any]:
+    """What members.json says of one."""
+    folder, card = member
+    return {
+        "folder": str(folder),
+        "seed": card.run.seed,
+        "selected_step": card.selected_step,
+        "nbytes": card.nbytes,
+        "accuracies": accuracies,
+    }
+
+
+def facts_of(members: Sequence[Member], dataset: DomainSet, device: torch.device) -> dict[str, Any]:
+    """What a record says of an ensemble besides how good it is."""
+    card = members[0][1]
+    return {
+        "members": len(members),
+        "dataset": card.dataset,
+        "data_source": dataset.source,
+        "domains": card.domains,
+        "method": card.run.method,
+        "target": card.target,
+        "test_env": card.run.test_env,
+        "trial_seed": card.run.trial_seed,
+        "settings": common([settings_of(member.run) for _, member in members]),
+        "float_nbytes": card.float_nbytes,
+        "environment": describe_environment(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def in_turn(models: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:

@@ -374,24 +374,6 @@ def packed_conv2d_int8(
 
 # The list --------------------------------------------------------------------------------------------------------
 
-PROBLEMS: dict[str, Callable[..., Problem]] = {
-    f.__name__: f
-    for f in (
-        fake_quantize,
-        fake_quantize_backward,
-        fake_quantize_multi,
-        fake_quantize_multi_backward,
-        mean_abs,
-        pack,
-        unpack,
-        quantize,
-        dequantize_packed,
-        packed_conv2d,
-        packed_conv2d_int8,
-        packed_gemv,
-    )
-}
-
 AXES = (0, None, 1)
 BITS = range(2, 9)
 # op -> (parameters of which every combination is a case, parameters that take turns)
@@ -431,6 +413,8 @@ PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(rows=(1, 8, 3, 17), bits=(7, 8, 2, 5, 4, 6, 3), activation=ACTIVATIONS, shared=(False, True, True)),
     ),
 }
+
+PROBLEMS: dict[str, Callable[..., Problem]] = {op: globals()[op] for op in PARAMETERS}
 
 
 def in_turns(values: Iterable[Any], choose: random.Random) -> Iterator[Any]:

@@ -10,19 +10,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import qkernels as qk
+from on_gpu import DEVICE, assert_equal, assert_near, captured, needs_gpu, random_codes, unaligned
 from qkernels import backends
 from qkernels.ops import reference
 from qkernels.ops.geometry import Geometry
 from qkernels.ops.packed_conv2d import packed_conv2d, packed_conv2d_int8
 from qkernels.ops.packed_gemv import packed_gemv
 from qkernels.ops.packing import pack, packed_bytes, quantize, unpack
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
@@ -35,110 +31,6 @@ def in_triton(op):
 
 def needs_triton_convolutions():
     pytest.importorskip("triton")
-
-
-def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=0, equal_nan=True)
-
-
-def assert_near(actual: Tensor, exact: Tensor) -> None:
-    """Within float32's rounding of the sums and one store; `exact` is float64."""
-    assert actual.shape == exact.shape and bool(actual.isfinite().all())
-    unit = 2e-6 + torch.finfo(actual.dtype).eps / 2
-    error = actual.double() - exact
-    assert error.norm() <= unit * exact.norm()
-    assert error.abs().max() <= 16 * unit * exact.abs().max()
-
-
-def unaligned(t: Tensor) -> Tensor:
-    """The same values one element past a 16-byte boundary."""
-    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
-
-
-def random_codes(shape, dtype=torch.int8) -> Tensor:
-    low, high = (-128, 128) if dtype == torch.int8 else (0, 256)
-    return torch.randint(low, high, shape, dtype=dtype, device=DEVICE)
-
-
-# pack, unpack, quantize, dequantize_packed
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "unaligned"])
-def test_pack_and_unpack(backend, bits, layout):
-    for shape in [(0,), (1,), (3, 5), (255,), (256,), (257,), (2048, 33), (64, 3, 7, 7), (3, 1000, 1001)]:
-        for dtype in (torch.int8, torch.uint8):
-            codes = random_codes(shape, dtype)
-            if layout == "transposed":
-                codes = codes.flip(0).movedim(-1, 0).contiguous().movedim(0, -1)
-            elif layout == "unaligned":
-                codes = unaligned(codes)
-            packed = backend("pack")(codes, bits)
-            assert_equal(packed, reference.pack(codes.contiguous(), bits))
-            for signed in (True, False):
-                expected = reference.unpack(packed, bits, codes.numel(), signed)
-                assert_equal(backend("unpack")(packed, bits, codes.numel(), signed), expected)
-
-
-def test_unpack_many(backend):
-    """Any bytes are codes: also behind the last one, and in every member."""
-    for bits, count in ((7, 300), (2, 70_001), (8, 64 * 147), (5, 1)):
-        packed = random_codes((2, 3, packed_bytes(count, bits)), torch.uint8)
-        for t in (packed, unaligned(packed), packed[:, ::2]):
-            assert_equal(backend("unpack")(t, bits, count, True), reference.unpack(t, bits, count, True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dequantize_packed(backend, dtype):
-    for bits, members, channels, depth in ((7, 5, 512, 4608), (4, 2, 1000, 1), (3, 3, 17, 33), (2, 1, 1, 70_001)):
-        count = channels * depth
-        packed = random_codes((members, packed_bytes(count, bits)), torch.uint8)
-        scale = torch.randn(members, channels, device=DEVICE)
-        expected = reference.dequantize_packed(packed, scale, bits, count, dtype)
-        assert_equal(backend("dequantize_packed")(packed, scale, bits, count, dtype), expected)
-        assert_equal(backend("dequantize_packed")(unaligned(packed), scale, bits, count, dtype), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every other", "unaligned"])
-def test_quantize(backend, dtype, layout):
-    for shape in [(1, 1, 1, 1), (3, 5, 7, 7), (8, 96, 28, 28), (64, 3, 1, 1), (16, 2048, 1, 1), (5, 17, 33, 65)]:
-        for axis in (None, 0, 1, 3):
-            x = (torch.randn(shape) * 20).to(dtype)
-            x.view(-1)[::5] = (torch.randint(-200, 200, x.view(-1)[::5].shape) / 8).to(dtype)  # many of them ties
-            x.view(-1)[:: max(7, x.numel() // 9)] = torch.nan
-            scale = torch.full((1 if axis is None else shape[axis],), 0.25)
-            scale[::3], scale[4::9] = 0.013, torch.nan
-            scale = scale.reshape(()) if axis is None else scale
-            on_gpu = x.to(DEVICE)
-            if layout == "channels_last":
-                on_gpu = on_gpu.contiguous(memory_format=torch.channels_last)
-            elif layout == "every other":
-                on_gpu = torch.stack([on_gpu, on_gpu], -1)[..., 0]
-            elif layout == "unaligned":
-                on_gpu = unaligned(on_gpu)
-            for qmin, qmax in ((-128, 127), (0, 255), (3, 9)):
-                codes = backend("quantize")(on_gpu, scale.to(DEVICE), qmin, qmax, axis)
-                assert_equal(codes, reference.quantize(x, scale, qmin, qmax, axis))
-
-
-@needs_gpu
-@pytest.mark.xdist_group("tens of gigabytes")
-def test_more_than_2_31_codes(backend):
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GB of GPU memory")
-    count, bits, tail = 2**31 + 1000, 7, 3 * 256 + 1000 % 256
-    codes = torch.empty(count, dtype=torch.int8, device=DEVICE).random_(-64, 64)
-    packed = backend("pack")(codes, bits)
-    assert torch.equal(packed[-4 * 32 * bits :], reference.pack(codes[-tail:], bits))
-    assert torch.equal(backend("unpack")(packed, bits, count, True), codes)
-    del codes
-    x = torch.empty(count, dtype=torch.float16, device=DEVICE).normal_()
-    scale = torch.tensor(0.05, device=DEVICE)
-    quantized = backend("quantize")(x, scale, -8, 7, None)
-    for part in (slice(0, 1 << 20), slice(count - (1 << 20), count)):
-        assert torch.equal(quantized[part], reference.quantize(x[part], scale, -8, 7, None))
 
 
 # packed_gemv
@@ -422,20 +314,6 @@ def test_runs_on_the_current_stream():
         assert_equal(actual, want)
 
 
-def captured(function):
-    """function() in a CUDA graph: the graph and the tensor that a replay writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
-
-
 @needs_gpu
 def test_convolution_and_linear_in_a_cuda_graph():
     needs_triton_convolutions()
@@ -450,65 +328,6 @@ def test_convolution_and_linear_in_a_cuda_graph():
             x.random_(0, 100)
             graph.replay()
             assert_equal(result, call())
-
-
-class Small(nn.Module):
-    """Convolutions, a residual and a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
-        self.conv2 = nn.Conv2d(32, 32, 3, padding=1)
-        self.conv3 = nn.Conv2d(32, 32, 3, padding=1, groups=32)
-        self.head = nn.Linear(32, 7)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.conv2(x) + x)
-        return self.head(self.conv3(x).mean((2, 3)))
-
-
-@pytest.fixture(params=["float", "integer"])
-def ensemble(request):
-    """A PackedEnsemble of three members on the GPU, and images for it."""
-    needs_triton_convolutions()
-    if not hasattr(qk, "PackedEnsemble"):
-        pytest.skip("no PackedEnsemble here")
-    models = []
-    for bits in (7, 7, 5):
-        model = Small().eval().to(DEVICE)
-        qk.quantize_(model, qk.QConfig(weight_bits=bits))
-        models.append(model)
-    x = torch.randn(4, 3, 40, 40, device=DEVICE)
-    packed = qk.PackedEnsemble.from_models(models)
-    if request.param == "integer":
-        packed.to_integer_([x])
-    with torch.no_grad():
-        expected = torch.stack([model(x) for model in models])
-    tolerance = 1e-4 if request.param == "float" else 0.1
-    assert (packed.member_logits(x) - expected).abs().max() <= tolerance * expected.abs().max()
-    return packed, x
-
-
-@needs_gpu
-def test_ensemble_in_a_cuda_graph(ensemble):
-    packed, x = ensemble
-    graph, logits = captured(lambda: packed(x))
-    for _ in range(3):
-        x.normal_()
-        graph.replay()
-        assert_equal(logits, packed(x))
-
-
-@needs_gpu
-@pytest.mark.filterwarnings("ignore")
-def test_ensemble_compiled(ensemble):
-    packed, x = ensemble
-    compiled = torch.compile(packed, fullgraph=True)
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), packed(x), rtol=1e-3, atol=1e-3)
-        x.normal_()
 
 
 @needs_gpu

@@ -95,7 +95,7 @@ def test_mistakes_in_integer_convolutions_are_named(changed, error, message):
 
 def test_geometry():
     geometry = Geometry((3, 5), (2, 1), (1, 2, 3, 4), (1, 2), 4)
-    assert Geometry.of(geometry.arguments) == geometry
+    assert Geometry.of(*geometry.arguments) == geometry
     x = torch.nn.functional.pad(torch.zeros(1, 4, 9, 20), (2, 4, 1, 3))
     expected = torch.nn.functional.conv2d(x, torch.zeros(8, 1, 3, 5), None, (2, 1), 0, (1, 2), 4).shape[2:]
     assert geometry.output_size(9, 20) == tuple(expected)

@@ -22,6 +22,18 @@ MAX_REGISTERS = 128  # two programs of 256 threads, or sixteen warps, on a multi
 MAX_CONV_REGISTERS = 255  # one program of 256 threads; the tile of sums alone takes 64 a thread
 
 
+def tiles_of(launched_as: str) -> dict[str, dict[str, int]]:
+    """Constants of the kernels of one tensor, by how it is laid out."""
+    from qkernels.triton import launch
+
+    block = launch._TABLE[None][launched_as].block
+    return {
+        "rows": {"summed_stride": 1, "BLOCK_KEPT": 1, "BLOCK_SUMMED": block},
+        "short rows": {"summed_stride": 1, "BLOCK_KEPT": 16, "BLOCK_SUMMED": block // 16},
+        "columns": {"kept_stride": 1, "BLOCK_KEPT": 128, "BLOCK_SUMMED": block // 128},
+    }
+
+
 def compile_all(architecture: int) -> dict[str, dict]:
     """name -> {"registers", "stack_bytes", "instructions"} of each kernel, at the launch parameters of the table."""
     import triton.language as tl
@@ -47,32 +59,24 @@ def compile_all(architecture: int) -> dict[str, dict]:
             num_warps=parameters[launched_as].num_warps,
         )
 
-    def tiles(launched_as):
-        block = parameters[launched_as].block
-        return {
-            "rows": {"summed_stride": 1, "BLOCK_KEPT": 1, "BLOCK_SUMMED": block},
-            "short rows": {"summed_stride": 1, "BLOCK_KEPT": 16, "BLOCK_SUMMED": block // 16},
-            "columns": {"kept_stride": 1, "BLOCK_KEPT": 128, "BLOCK_SUMMED": block // 128},
-        }
-
     names = ("x_ptr", "y_ptr", "grad_ptr", "grad_x_ptr")
     for dtype, tl_dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
         scales = ("scale_ptr", "offset_ptr", "scale_sums_ptr", "offset_sums_ptr", "sums_ptr")
         pointers = dict.fromkeys(names, "*" + dtype) | dict.fromkeys(scales, "*fp32")
         no_offset = {"offset_ptr": None, "offset_sums_ptr": None}
-        for shape, constants in tiles("forward").items():
+        for shape, constants in tiles_of("forward").items():
             forward = fake_quantize._forward_kernel
             add(f"forward {dtype} {shape}", forward, "forward", pointers, constants | {"offset_ptr": None})
             add(f"forward offset {dtype} {shape}", forward, "forward", pointers, constants)
-        for shape, constants in tiles("backward").items():
+        for shape, constants in tiles_of("backward").items():
             backward = fake_quantize._backward_kernel
             add(f"backward {dtype} {shape}", backward, "backward", pointers, constants | no_offset)
             add(f"backward offset {dtype} {shape}", backward, "backward", pointers, constants)
             no_sums = no_offset | {"scale_sums_ptr": None}
             add(f"backward without sums {dtype} {shape}", backward, "backward", pointers, constants | no_sums)
-        for shape, constants in tiles("mean_abs").items():
+        for shape, constants in tiles_of("mean_abs").items():
             add(f"mean_abs {dtype} {shape}", mean_abs._abs_sums_kernel, "mean_abs", pointers, constants)
-        rows = tiles("forward")["rows"] | {"offset_ptr": None}
+        rows = tiles_of("forward")["rows"] | {"offset_ptr": None}
         add(f"unaligned {dtype}", fake_quantize._forward_kernel, "forward", pointers, rows, aligned=False)
         add(f"huge {dtype}", fake_quantize._forward_kernel, "forward", pointers, rows, integer="i64")
         table = {"table_ptr": "*i64", "partials_ptr": "*fp32"}
@@ -98,6 +102,29 @@ class Recorder:
         return lambda *arguments, **options: self.launches.append((arguments, options))
 
 
+def convolve(x_dtype, in_shape, channels, kernel, stride=1, groups=1, residual=True, bits=7):
+    """Launch one layer of two members, 32 images each or for 7x7 images one; padded to the same size."""
+    import torch
+
+    from qkernels.ops.geometry import Geometry
+    from qkernels.ops.packing import packed_bytes
+    from qkernels.triton import packed_conv2d
+
+    n, pad = 2 * (1 if in_shape[1] == 7 else 32), kernel // 2
+    geometry = Geometry((kernel, kernel), (stride, stride), (pad,) * 4, (1, 1), groups)
+    x = torch.zeros(n, *in_shape, dtype=x_dtype).to(memory_format=torch.channels_last)
+    packed = torch.zeros(2, packed_bytes(channels * kernel**2 * in_shape[0] // groups, bits), dtype=torch.uint8)
+    scale, ones = torch.zeros(2, channels), torch.zeros(2)
+    out = torch.zeros(n, channels, *geometry.output_size(*in_shape[1:]), dtype=x_dtype) if residual else None
+    if x_dtype.is_floating_point:
+        packed_conv2d.packed_conv2d(x, packed, scale, scale, out, bits, *geometry.arguments, False, "relu")
+    else:
+        vectors = (scale, scale, out, ones if residual else None, ones, bits)
+        packed_conv2d.packed_conv2d_int8(
+            x, ones, packed, *vectors, *geometry.arguments, False, "relu6", 0, torch.iinfo(x_dtype).max, x_dtype
+        )
+
+
 def compile_packed(architecture: int) -> dict[str, dict]:
     """What `compile_all` gives, of the kernels of packed inference, at the launches of layers of ResNet-50 and others.
 
@@ -106,7 +133,6 @@ def compile_packed(architecture: int) -> dict[str, dict]:
     """
     import torch
 
-    from qkernels.ops.geometry import Geometry
     from qkernels.ops.packing import packed_bytes
     from qkernels.triton import packed_conv2d, packing, tuning
 
@@ -120,22 +146,6 @@ def compile_packed(architecture: int) -> dict[str, dict]:
         for name in names:
             setattr(module, name, recorders[name])
 
-    def conv(x_dtype, in_shape, channels, kernel, stride=1, groups=1, residual=True, bits=7):
-        """One layer of two members, 32 images each or for 7x7 images one; padded to the same size."""
-        n, pad = 2 * (1 if in_shape[1] == 7 else 32), kernel // 2
-        geometry = Geometry((kernel, kernel), (stride, stride), (pad,) * 4, (1, 1), groups)
-        x = torch.zeros(n, *in_shape, dtype=x_dtype).to(memory_format=torch.channels_last)
-        packed = torch.zeros(2, packed_bytes(channels * kernel**2 * in_shape[0] // groups, bits), dtype=torch.uint8)
-        scale, ones = torch.zeros(2, channels), torch.zeros(2)
-        out = torch.zeros(n, channels, *geometry.output_size(*in_shape[1:]), dtype=x_dtype) if residual else None
-        if x_dtype.is_floating_point:
-            packed_conv2d.packed_conv2d(x, packed, scale, scale, out, bits, *geometry.arguments, False, "relu")
-        else:
-            vectors = (scale, scale, out, ones if residual else None, ones, bits)
-            packed_conv2d.packed_conv2d_int8(
-                x, ones, packed, *vectors, *geometry.arguments, False, "relu6", 0, torch.iinfo(x_dtype).max, x_dtype
-            )
-
     compiled = {}
 
     def add(name, run):
@@ -147,17 +157,17 @@ def compile_packed(architecture: int) -> dict[str, dict]:
             recorder.launches.clear()
 
     deep, late, narrow = (128, 28, 28), (512, 7, 7), (24, 56, 56)
-    add("conv int8 shifted", lambda: conv(torch.uint8, deep, 128, 3))
-    add("conv int8", lambda: conv(torch.int8, deep, 128, 3))
-    add("conv int8 split", lambda: conv(torch.uint8, late, 512, 3))
-    add("conv int8 narrow", lambda: conv(torch.uint8, narrow, 144, 1, residual=False))
-    add("conv int8 odd words", lambda: conv(torch.uint8, (20, 28, 28), 64, 1, residual=False))
-    add("conv int8 stem", lambda: conv(torch.uint8, (3, 112, 112), 64, 7, stride=2, residual=False))
-    add("conv bf16", lambda: conv(torch.bfloat16, deep, 128, 3))
-    add("conv bf16 stem", lambda: conv(torch.bfloat16, (3, 112, 112), 64, 7, stride=2, residual=False))
-    add("conv fp32", lambda: conv(torch.float32, deep, 128, 3))
-    add("depthwise int8", lambda: conv(torch.uint8, (144, 56, 56), 144, 3, groups=144, residual=False))
-    add("depthwise bf16", lambda: conv(torch.bfloat16, (144, 56, 56), 144, 3, groups=144, residual=False))
+    add("conv int8 shifted", lambda: convolve(torch.uint8, deep, 128, 3))
+    add("conv int8", lambda: convolve(torch.int8, deep, 128, 3))
+    add("conv int8 split", lambda: convolve(torch.uint8, late, 512, 3))
+    add("conv int8 narrow", lambda: convolve(torch.uint8, narrow, 144, 1, residual=False))
+    add("conv int8 odd words", lambda: convolve(torch.uint8, (20, 28, 28), 64, 1, residual=False))
+    add("conv int8 stem", lambda: convolve(torch.uint8, (3, 112, 112), 64, 7, stride=2, residual=False))
+    add("conv bf16", lambda: convolve(torch.bfloat16, deep, 128, 3))
+    add("conv bf16 stem", lambda: convolve(torch.bfloat16, (3, 112, 112), 64, 7, stride=2, residual=False))
+    add("conv fp32", lambda: convolve(torch.float32, deep, 128, 3))
+    add("depthwise int8", lambda: convolve(torch.uint8, (144, 56, 56), 144, 3, groups=144, residual=False))
+    add("depthwise bf16", lambda: convolve(torch.bfloat16, (144, 56, 56), 144, 3, groups=144, residual=False))
     packed, scale = torch.zeros(2, packed_bytes(6400, 7), dtype=torch.uint8), torch.ones(2, 64)
     add("pack", lambda: packing.pack(torch.zeros(6400, dtype=torch.int8), 7))
     add("unpack", lambda: packing.unpack(packed, 7, 6400, True))
