@@ -8,15 +8,16 @@ python docs/results.py --add sweep/icon_styles_int8 icon_styles_int8
 import argparse
 import csv
 import json
-import math
 import re
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from qtdog.results.statistics import Cell, mean_cell
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
@@ -29,8 +30,7 @@ Trials = dict[str, float]  # one value a trial
 
 def mean_error(values: Trials, digits: int = 1, sign: str = "") -> str:
     """`60.4 ± 0.3`; no error of a single value."""
-    mean, n = fmean(values.values()), len(values)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {pstdev(values.values()) / math.sqrt(n):.{digits}f}" if n > 1 else "")
+    return Cell(values).text(digits, "±", sign)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -40,10 +40,8 @@ def label(row: dict[str, Any]) -> str:
 
 def averages(cells: dict[str, dict[str, Any]], targets: list[str]) -> Trials:
     """For each trial that has all targets the mean over them."""
-    if not all(target in cells for target in targets):
-        return {}
-    complete = set.intersection(*(set(cells[target]["trials"]) for target in targets))
-    return {trial: fmean(cells[target]["trials"][trial] for target in targets) for trial in sorted(complete)}
+    mean = mean_cell({target: Cell(cell["trials"]) for target, cell in cells.items()}, targets)
+    return {} if mean is None else dict(mean.trials)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -78,8 +76,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
     for row in result["rows"]:
         average = averages(row["cells"], result["domains"])
         if row["selection"] == "source validation" and average:
-            error = pstdev(average.values()) / math.sqrt(len(average))
-            points.append((row["ratio_to_float"], fmean(average.values()), error, label(row)))
+            cell = Cell(average)
+            points.append((row["ratio_to_float"], cell.mean, cell.stderr, label(row)))
     heights: dict[float, float] = {}  # of the last label at a size
     for size, mean, error, name in sorted(points):
         heights[size] = max(mean, heights.get(size, 0) + 1.2)

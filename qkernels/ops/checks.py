@@ -15,7 +15,7 @@ MAX_CODE = 2**22  # float32 rounds to the nearest integer exactly up to here, on
 def check_x(op: str, x: Tensor, axis: int | None) -> None:
     if x.dtype not in KERNEL_DTYPES:
         raise TypeError(
-            f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}; convert it, or use qkernels.reference"
+            f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}; convert it, or use qkernels.ops.reference"
         )
     if axis is not None and not 0 <= axis < x.dim():
         raise ValueError(f"{op}: axis {axis} is out of range for x with {x.dim()} dimensions")

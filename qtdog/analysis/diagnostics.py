@@ -21,8 +21,8 @@ from qtdog.files import csv_text, read_records
 from qtdog.log import Log
 from qtdog.methods.presets import METHODS
 from qtdog.results.runs import ModelCard, find_runs, read_card
-from qtdog.results.tables import Cell
-from qtdog.results.variants import described, settings_of, telling
+from qtdog.results.statistics import Cell
+from qtdog.results.variants import described, distinguishing_settings, settings_of
 
 FLOAT_BITS = 32
 LEGEND = 12  # lines of a panel that a legend can name
@@ -185,7 +185,7 @@ def accuracy_points(cards: Mapping[Path, ModelCard], log: Log) -> list[Point]:
 
 def kinds_of(cards: Mapping[Path, ModelCard]) -> dict[Path, Kind]:
     """(data set, method or variant of it, bits of weights, of inputs) of each run."""
-    names = telling((folder, card.dataset, card.run) for folder, card in cards.items())
+    names = distinguishing_settings((folder, card.dataset, card.run) for folder, card in cards.items())
     kinds = {}
     for folder, card in cards.items():
         others = [name for name in names[card.run.method] if name not in ("weight_bits", "act_bits")]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,11 @@ from qtdog.config import MeasureConfig
 from qtdog.data import DomainSet
 from qtdog.data.loaders import EvaluationImages, Part, fits_in_memory
 from qtdog.data.splits import seed_hash
-from qtdog.deployment.ensemble import dataset_of
 from qtdog.environment import pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.log import Log
 from qtdog.methods.presets import METHODS
+from qtdog.results.data_of_runs import DataOfRuns
 from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
 from qtdog.training.evaluation import domain_parts, mean_loss, sources
 
@@ -71,20 +70,18 @@ def probes(config: MeasureConfig, log: Log, plain: bool = True) -> Iterator[Prob
     if config.max_images is not None and config.max_images < 1:
         raise UserError(f"--max-images must be at least 1, not {config.max_images}")
     device = pick_device(config.device)
-    loaded: dict[tuple[Any, ...], DomainSet] = {}
+    data = DataOfRuns(config.data_dir, log)
     for folder in find_runs(config.runs):
         card = read_card(folder)
-        data = (card.run.dataset, config.data_dir or card.run.data_dir, card.images_as_trained())
-        if data not in loaded:
-            loaded[data] = dataset_of(card, config.data_dir, log)
+        dataset, place = data.of(card), config.data_dir or card.run.data_dir
         model = load_model(folder, device)
         yield Probe(
             folder,
             card,
             plain_(model) if plain else model,
-            measured_images(card, loaded[data], config),
+            measured_images(card, dataset, config),
             device,
-            f"{folder.resolve()} of {card.date}, {config.max_images or 'all'} images a domain of {data[1]}",
+            f"{folder.resolve()} of {card.date}, {config.max_images or 'all'} images a domain of {place}",
         )
 
 

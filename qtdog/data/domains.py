@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from qtdog.data.splits import split
+
 
 class Domain(Protocol):
     """Images of one domain: a drawing style, a camera, an angle."""
@@ -40,3 +42,9 @@ class DomainSet:
     domains: Sequence[Domain]
     image_shape: tuple[int, int, int]
     splits: list[tuple[list[int], list[int]]] | None = None
+
+    def split(self, env: int, holdout_fraction: float, trial_seed: int) -> tuple[list[int], list[int]]:
+        """Indices of a domain's `in` and `out` part: the data set's own if it has some, else DomainBed's."""
+        if self.splits is not None:
+            return self.splits[env]
+        return split(len(self.domains[env].labels), holdout_fraction, trial_seed, env)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qtdog.config import EnsembleConfig
-from qtdog.data import DomainSet, load_dataset
+from qtdog.data import DomainSet
 from qtdog.data.loaders import EvaluationImages
 from qtdog.deployment.packed import calibration_batches, pack_members
 from qtdog.environment import describe_environment, pick_device, pick_workers
@@ -21,23 +21,12 @@ from qtdog.errors import UserError
 from qtdog.files import write_json, write_records
 from qtdog.log import PRINT, Log
 from qtdog.methods.presets import METHODS
+from qtdog.results.data_of_runs import DataOfRuns
 from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
-from qtdog.results.variants import common, described, settings_of, telling
+from qtdog.results.variants import best_draws, common, described, distinguishing_settings, settings_of
 from qtdog.training.evaluation import domain_parts, member_accuracies, sources
 
 Member = tuple[Path, ModelCard]
-
-
-def dataset_of(card: ModelCard, data_dir: str | None, log: Log) -> DomainSet:
-    """The data a run was trained on; UserError if what is found there now differs."""
-    run = card.run
-    dataset = load_dataset(run.dataset, data_dir or run.data_dir, card.images_as_trained(), log)
-    found = ([domain.name for domain in dataset.domains], dataset.classes)
-    if found != (card.domains, card.classes):
-        raise UserError(
-            f"the data has domains and classes {found}, the run {(card.domains, card.classes)}: see --data-dir"
-        )
-    return dataset
 
 
 def make_ensembles(config: EnsembleConfig, log: Log = PRINT) -> list[Path]:
@@ -50,13 +39,13 @@ def make_ensembles(config: EnsembleConfig, log: Log = PRINT) -> list[Path]:
     """
     device = pick_device(config.device)
     runs = [(folder, read_card(folder)) for folder in find_runs(config.runs)]
-    names = telling((folder, card.dataset, card.run) for folder, card in runs)
+    names = distinguishing_settings((folder, card.dataset, card.run) for folder, card in runs)
     groups: dict[tuple[str, str, str, str, int], list[Member]] = defaultdict(list)
     for folder, card in runs:
         variant = described(settings_of(card.run), names[card.run.method])
         groups[card.dataset, card.run.method, variant, card.target, card.run.trial_seed].append((folder, card))
     several: dict[tuple[str, str, str, str, int], list[Member]] = {}
-    for key, members in sorted((key, best_draws(members)) for key, members in groups.items()):
+    for key, members in sorted((key, best_members(members)) for key, members in groups.items()):
         dataset, method, variant, target, trial = key
         what = f"{' '.join(filter(None, [method, variant]))} on {dataset}, target {target}, trial {trial}"
         if len(members) == 1:
@@ -71,25 +60,16 @@ def make_ensembles(config: EnsembleConfig, log: Log = PRINT) -> list[Path]:
             f"no two {quantized}runs share data set, method, settings, target and trial: train more --seeds"
         )
     written = []
-    loaded: dict[tuple[Any, ...], DomainSet] = {}
+    data = DataOfRuns(config.data_dir, log)
     for (_, _, variant, _, _), members in several.items():
-        card = same_task(members)
-        data_key = (card.run.dataset, card.run.data_dir, card.images_as_trained())
-        if data_key not in loaded:
-            loaded[data_key] = dataset_of(card, config.data_dir, log)
         folder = place(members[0], variant, config.output_dir)
-        written.append(ensemble(members, loaded[data_key], folder, config, device, log))
+        written.append(ensemble(members, data.of(same_task(members)), folder, config, device, log))
     return written
 
 
-def best_draws(members: Sequence[Member]) -> list[Member]:
-    """Of each seed the run with the best source validation accuracy, in the order of the seeds."""
-    best: dict[int, Member] = {}
-    for folder, card in members:
-        known = best.get(card.run.seed)
-        if known is None or card.source_validation_accuracy > known[1].source_validation_accuracy:
-            best[card.run.seed] = (folder, card)
-    return [best[seed] for seed in sorted(best)]
+def best_members(members: Sequence[Member]) -> list[Member]:
+    """Of each seed the draw with the best source validation accuracy."""
+    return best_draws(members, lambda member: member[1].run, lambda member: member[1].source_validation_accuracy)
 
 
 def place(member: Member, variant: str, output_dir: str | None) -> Path:

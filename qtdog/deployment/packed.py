@@ -16,7 +16,6 @@ from qtdog.config import EvalConfig, PredictConfig
 from qtdog.data import DomainSet, Preprocessing, load_dataset
 from qtdog.data.images import plain_transform, read_image
 from qtdog.data.loaders import EvaluationImages, Part
-from qtdog.data.splits import split
 from qtdog.environment import pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.log import Log
@@ -89,10 +88,7 @@ def parts_to_judge(info: dict[str, Any], dataset: DomainSet) -> list[tuple[Part,
         if dataset.name != info.get("dataset") or domain.name not in info.get("domains", []):
             judged.append((Part(domain, env, list(everything)), "never seen"))
             continue
-        if dataset.splits is not None:
-            inner, outer = dataset.splits[env]
-        else:
-            inner, outer = split(len(domain.labels), info["holdout_fraction"], info["trial_seed"], env)
+        inner, outer = dataset.split(env, info["holdout_fraction"], info["trial_seed"])
         target = domain.name == info["target"]
         judged.append((Part(domain, env, inner if target else outer), "target" if target else "source, held out"))
     return judged

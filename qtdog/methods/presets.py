@@ -21,7 +21,7 @@ from qtdog.models import DIGIT_NETWORKS
 
 @dataclass(frozen=True)
 class Method:
-    """One loss (qtdog.algorithms), step rule (qtdog.steps), averaging rule (qtdog.averaging) and quantizer, or none.
+    """One loss (algorithms), step rule (steps), averaging rule (averaging) and quantizer, or none.
 
     `numbers` are those that differ from the protocol: for "all" data sets, for "pictures", or for a data set by name.
     """

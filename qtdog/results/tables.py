@@ -1,16 +1,16 @@
 """Tables in DomainBed's form, from runs and ensembles on disk."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 from qtdog.methods.presets import METHODS
 from qtdog.results.runs import ModelCard
-from qtdog.results.variants import described, differing, settings_of, telling
+from qtdog.results.statistics import Cell, average, mean_cell
+from qtdog.results.variants import best_draws, described, differing, distinguishing_settings, settings_of
 from qtdog.training.evaluation import mean_out_accuracy
 
 Key = tuple[str, str]  # a method and a variant of it
@@ -67,31 +67,6 @@ SELECTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Accuracies in percent: one value a trial."""
-
-    trials: dict[int, float]
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.trials.values())
-
-    @property
-    def stderr(self) -> float:
-        """DomainBed's: population standard deviation over the trials / sqrt(their number)."""
-        return pstdev(self.trials.values()) / math.sqrt(len(self.trials))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Unrounded, for JSON."""
-        return {"mean": self.mean, "stderr": self.stderr, "n": len(self.trials), "trials": self.trials}
-
-    def text(self, digits: int = 1, plus_minus: str = "+/-") -> str:
-        """One trial says nothing about the error, so none is shown."""
-        error = f" {plus_minus} {self.stderr:.{digits}f}" if len(self.trials) > 1 else ""
-        return f"{self.mean:.{digits}f}{error}"
-
-
 @dataclass
 class Row:
     """One variant of a method, or its ensemble, under one selection: cells by column, and the bytes of the model(s)."""
@@ -143,19 +118,13 @@ class Table:
         ]
 
 
-def average(cells: dict[str, Cell], columns: Sequence[str], digits: int) -> str:
-    """Mean over all columns, X if one is missing."""
-    missing = any(column not in cells for column in columns)
-    return "X" if missing else f"{fmean(cells[column].mean for column in columns):.{digits}f}"
-
-
 def build_table(results: Sequence[Result], ensembles: Sequence[dict[str, Any]]) -> Table:
     """The table of one data set: a row for each method, or for each variant of one whose runs differ in settings.
 
     A single-model cell is, for each trial, the mean over that trial's seeds of what the selection takes from the random
     hyper-parameters of each. An ensemble's members are selected by source validation, and so is its row.
     """
-    names = telling((result.folder, result.card.dataset, result.card.run) for result in results)
+    names = distinguishing_settings((result.folder, result.card.dataset, result.card.run) for result in results)
     singles: dict[Key, list[Result]] = defaultdict(list)
     for result in results:
         run = result.card.run
@@ -184,14 +153,11 @@ def in_order(key: Key) -> tuple[int, str]:
 def single_row(key: Key, selection: str, results: Sequence[Result]) -> Row:
     """The row of single models."""
     row = Row(*key, ensemble=False, selection=selection)
-    drawn: dict[tuple[str, int, int], list[Result]] = defaultdict(list)
-    for result in sorted(results, key=lambda result: result.card.run.hparams_seed):
-        drawn[result.card.target, result.card.run.trial_seed, result.card.run.seed].append(result)
     rule = SELECTIONS[selection]
     targets: Values = defaultdict(lambda: defaultdict(list))
     sources: Values = defaultdict(lambda: defaultdict(list))
-    for (target, trial, _), candidates in drawn.items():
-        chosen = max(candidates, key=rule.score)
+    for chosen in best_draws(results, lambda result: result.card.run, rule.score):
+        target, trial = chosen.card.target, chosen.card.run.trial_seed
         targets[target][trial].append(100 * rule.accuracy(chosen))
         sources[target][trial].append(100 * rule.in_domain(chosen))
         row.models.append(1)
@@ -295,14 +261,6 @@ def averages(tables: Sequence[Table]) -> Table:
     return Table(
         "Averages", columns, ordered, [*common_notes(ordered), "A trial's value is the mean over all targets."]
     )
-
-
-def mean_cell(cells: dict[str, Cell], columns: Sequence[str]) -> Cell | None:
-    """For each trial that has all columns the mean over them; None if there is no such trial."""
-    trials = [set(cells[column].trials) if column in cells else set() for column in columns]
-    complete = sorted(set.intersection(*trials))
-    means = {trial: fmean(cells[column].trials[trial] for column in columns) for trial in complete}
-    return Cell(means) if means else None
 
 
 def as_json(table: Table, results: Sequence[Result], ensembles: Sequence[dict[str, Any]]) -> dict[str, Any]:

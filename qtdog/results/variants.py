@@ -1,13 +1,15 @@
 """Variants of a method: runs that differ in a setting make rows, and ensembles, of their own."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qtdog.config import RunConfig
 from qtdog.errors import UserError
 from qtdog.methods.presets import dashed
+
+T = TypeVar("T")
 
 # What may differ within a row: where the data lies, and what a row is the mean over or has its columns for.
 _WITHIN_A_ROW = {"data_dir", "test_env", "trial_seed", "seed", "hparams_seed"}
@@ -30,7 +32,7 @@ def common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in settings[0].items() if name not in apart}
 
 
-def telling(runs: Iterable[tuple[Path, str, RunConfig]]) -> dict[str, list[str]]:
+def distinguishing_settings(runs: Iterable[tuple[Path, str, RunConfig]]) -> dict[str, list[str]]:
     """For each method the settings that tell its variants apart.
 
     These are the settings in which runs differ that otherwise would claim the same place in a table.
@@ -57,6 +59,18 @@ def telling(runs: Iterable[tuple[Path, str, RunConfig]]) -> dict[str, list[str]]
                 )
         found[method].update(dict.fromkeys(differing(settings)))
     return {method: list(names) for method, names in found.items()}
+
+
+def best_draws(runs: Iterable[T], settings: Callable[[T], RunConfig], score: Callable[[T], float]) -> list[T]:
+    """Of the runs of a target, trial and seed, which differ in their hyper-parameters, the one with the best score.
+
+    Of equal ones the first draw; in the order of targets, trials and seeds.
+    """
+    drawn: dict[tuple[int, int, int], list[T]] = defaultdict(list)
+    for one in sorted(runs, key=lambda one: settings(one).hparams_seed):
+        run = settings(one)
+        drawn[run.test_env, run.trial_seed, run.seed].append(one)
+    return [max(drawn[place], key=score) for place in sorted(drawn)]
 
 
 def described(settings: dict[str, Any], names: Sequence[str]) -> str:

@@ -11,23 +11,16 @@ from qtdog.config import RunConfig
 from qtdog.data import DomainSet
 from qtdog.data.images import AUGMENTATIONS
 from qtdog.data.loaders import EvaluationImages, Part, fits_in_memory
-from qtdog.data.splits import split
 from qtdog.errors import UserError
 
 Combine = Literal["logits", "probs"]
 
 
 def domain_parts(run: RunConfig, dataset: DomainSet) -> dict[str, Part]:
-    """The parts of all domains by DomainBed's names: env0_in, env0_out, env1_in, ...
-
-    They are those of the data set itself if it has some, else DomainBed's random ones.
-    """
+    """The parts of all domains by DomainBed's names: env0_in, env0_out, env1_in, ..."""
     parts = {}
     for env, domain in enumerate(dataset.domains):
-        if dataset.splits is not None:
-            inner, outer = dataset.splits[env]
-        else:
-            inner, outer = split(len(domain.labels), run.holdout_fraction, run.trial_seed, env)
+        inner, outer = dataset.split(env, run.holdout_fraction, run.trial_seed)
         if not outer:
             raise UserError(
                 f"domain {domain.name} has {len(inner)} image(s), too few to hold out {run.holdout_fraction:.0%}: "

@@ -27,7 +27,7 @@ from qtdog.training.progress import Progress, clock
 from qtdog.training.trainer import facts, prepare_folder, train
 
 WATCH_SECONDS = 0.5  # between two looks at how far the runs are
-_steps_done: "Synchronized[int] | None" = None  # in a process that `attempts` has started
+_steps_done: "Synchronized[int] | None" = None  # in a process that `run_each` has started
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def plan(config: TrainConfig) -> list[Job]:
     dataset = read_dataset(config.dataset, config.data_dir, prepared, True)
     domains = [domain.name for domain in dataset.domains]
     jobs = []
-    for env in chosen(config.test_envs, dataset.name, domains):
+    for env in parse_targets(config.test_envs, dataset.name, domains):
         for seed in seeds:
             run = replace(template, test_env=env, seed=seed)
             job = Job(run, run_folder(config.output_dir, dataset.name, domains[env], run), config.device, workers)
@@ -156,7 +156,7 @@ def check_jobs(jobs: int) -> None:
 
 
 def carry_out(jobs: Sequence[Job], at_once: int, threads: int | None = None) -> list[Path]:
-    """Train what is not finished, `at_once` jobs at a time (see `attempts`), until one fails; returns all folders."""
+    """Train what is not finished, `at_once` jobs at a time (see `run_each`), until one fails; returns all folders."""
     log = Log()
     for job in jobs:
         if job.finished:
@@ -169,14 +169,14 @@ def carry_out(jobs: Sequence[Job], at_once: int, threads: int | None = None) -> 
             job.train()
     elif left:
         with Progress(f"{len(left)} runs", sum(job.run.steps for job in left), log) as progress:
-            for job, error in attempts(left, at_once, watch=progress, threads=threads):
+            for job, error in run_each(left, at_once, watch=progress, threads=threads):
                 if error is not None:
                     raise error
                 log(job.outcome())
     return [job.folder for job in jobs]
 
 
-def attempts(
+def run_each(
     jobs: Sequence[Job],
     at_once: int,
     task: Callable[[Job, bool], None] = Job.train,
@@ -226,20 +226,20 @@ def steps_done() -> "Synchronized[int]":
 
 
 def start_worker(threads: int, done: "Synchronized[int]") -> None:
-    """Make this process one of those that `attempts` starts: its share of the cores, and where it counts its steps."""
+    """Make this process one of those that `run_each` starts: its share of the cores, and where it counts its steps."""
     global _steps_done
     torch.set_num_threads(threads)
     _steps_done = done
 
 
 def count(steps: int) -> None:
-    """Add to the steps that the processes of `attempts` have done together; nothing where there are none."""
+    """Add to the steps that the processes of `run_each` have done together; nothing where there are none."""
     if _steps_done is not None:
         with _steps_done.get_lock():
             _steps_done.value += steps
 
 
-def chosen(names: list[str], dataset: str, domains: list[str]) -> list[int]:
+def parse_targets(names: list[str], dataset: str, domains: list[str]) -> list[int]:
     """Indices of the target domains that `--test-envs` gives: names, indices or `all`; a name goes before an index."""
     envs: list[int] = []
     for name in names:

@@ -14,7 +14,7 @@ from qtdog.errors import UserError
 from qtdog.training.jobs import Job
 
 
-def ray_attempts(
+def run_each_on_ray(
     jobs: Sequence[Job], task: Callable[[Job, bool], None], config: SweepConfig
 ) -> Iterator[tuple[Job, BaseException | None]]:
     """Do `task(job, progress)` for each job on the cluster and yield it with its error, if any, as they end.

@@ -23,7 +23,7 @@ from qtdog.files import write_text
 from qtdog.log import Log
 from qtdog.methods.presets import METHODS, dashed, meaningless, method_of, seeds_of, settle
 from qtdog.results.runs import read_card
-from qtdog.training.jobs import Job, attempts, check_jobs, chosen, sole_owner
+from qtdog.training.jobs import Job, check_jobs, parse_targets, run_each, sole_owner
 from qtdog.training.trainer import prepare_folder
 
 STATES = ("done", "running", "interrupted", "failed", "missing")
@@ -98,7 +98,7 @@ def jobs_of(config: SweepConfig) -> list[SweepJob]:
         title, domains = domain_names(dataset, config.data_dir)
         workers = pick_workers(config.num_workers, reads_files=dataset not in DIGITS, jobs=config.jobs)
         for train_config in train_configs(replace(config, dataset=dataset)):
-            for env in chosen(config.test_envs, title, domains):
+            for env in parse_targets(config.test_envs, title, domains):
                 for seed in range(config.members) if config.members else seeds_of(train_config):
                     run = settle(train_config, env, seed)
                     arguments = {**run.to_dict(), "dataset": title}
@@ -127,10 +127,10 @@ def train_configs(config: SweepConfig) -> Iterator[TrainConfig]:
 def engine(config: SweepConfig, jobs: Sequence[SweepJob]) -> Iterator[tuple[Job, BaseException | None]]:
     """Each job with its error, if any, as they end."""
     if config.engine == "local":
-        return attempts(jobs, config.jobs, carry_on)
-    from qtdog.training.ray_engine import ray_attempts
+        return run_each(jobs, config.jobs, carry_on)
+    from qtdog.training.ray_engine import run_each_on_ray
 
-    return ray_attempts(jobs, carry_on, config)
+    return run_each_on_ray(jobs, carry_on, config)
 
 
 def carry_on(job: Job, progress: bool) -> None:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.report import write_performance_page
+from benchmarks import summary
+from benchmarks.report import RESULTS, write_performance_page
 
 pytestmark = pytest.mark.slow
 
@@ -55,13 +56,18 @@ def page_of(results, folder):
     (folder / "results").mkdir()
     (folder / "docs").mkdir()
     (folder / "results" / "small.json").write_text(json.dumps(results))
-    return write_performance_page(folder / "results", folder / "docs").read_text()
+    first = write_performance_page(folder / "results", folder / "docs").read_text()
+    return first + (folder / "docs" / "performance" / "small.md").read_text()
 
 
 def test_page(results, tmp_path):
     page = page_of(results, tmp_path)
-    assert "## Small CPU, 1 threads" in page and "copies move 1.0 GB/s" in page
-    assert "### fake_quantize of one weight\n\nWords about it." in page
+    assert (
+        "# Performance on Small CPU, 1 threads" in page
+        and "[Small CPU, 1 threads](performance/small.md)" in page
+        and "copies move 1.0 GB/s" in page
+    )
+    assert "## fake_quantize of one weight\n\nWords about it." in page
     assert "2026-01-02, commit abc1234; torch 9.9." in page
     # 1 MB at 1 GB/s is 1 ms of the 2 ms.
     assert "| 100, float32, per channel, forward + backward | 2 | 50 % | 4.00 (4.00..4.00) |" in page
@@ -75,7 +81,7 @@ def test_plots(results, tmp_path):
     page = page_of(results, tmp_path)
     for kind in ("sizes", "roofline", "steps"):
         svg = (tmp_path / "docs" / "performance" / f"small-{kind}.svg").read_text()
-        assert f"(performance/small-{kind}.svg)" in page
+        assert f"(small-{kind}.svg)" in page
         assert "Small CPU, 1 threads" in svg
     before = svg
     write_performance_page(tmp_path / "results", tmp_path / "docs")
@@ -92,3 +98,20 @@ def test_both_allocators_stand_beside_each_other(results, tmp_path):
 
 def test_a_gpu_ends_the_warning(results, tmp_path):
     assert "on a GPU yet" not in page_of(results | {"device": "cuda"}, tmp_path)
+
+
+def test_the_summary_names_the_best_peer(results, tmp_path, monkeypatch):
+    line = summary.Line(
+        "weights", "small", "weight", "100, float32, per channel, forward + backward", "fake_quantize", "LSQ"
+    )
+    monkeypatch.setattr(summary, "LINES", (line, line._replace(machine="never measured")))
+    (tmp_path / "README.md").write_text("before\n<!-- performance -->\nold\n<!-- /performance -->\nafter\n")
+    page = page_of(results, tmp_path)
+    assert "| weights | 2 | eager LSQ | **4.00** | Small CPU, 1 threads |" in page
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before") and readme.endswith("after\n") and "old" not in readme and "eager LSQ" in readme
+
+
+def test_every_line_of_the_summary_is_measured():
+    machines = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    assert len(list(summary.table(machines))) == 2 + len(summary.LINES) == 12

@@ -11,7 +11,7 @@ from qtdog.cli import main
 from qtdog.data import domain_names, load_dataset
 from qtdog.errors import UserError
 from qtdog.results.runs import read_card
-from qtdog.training.jobs import chosen
+from qtdog.training.jobs import parse_targets
 from tiny import DIGITS, ICON_STYLES, make_pictures
 
 COMMANDS = [
@@ -127,15 +127,15 @@ def test_flags_and_yaml_fill_the_same_settings(monkeypatch, tmp_path):
 def test_targets_by_name_index_or_all(digits_dir):
     names = [domain.name for domain in load_dataset("RotatedMNIST", str(digits_dir), None).domains]
     assert domain_names("RotatedMNIST", None) == ("RotatedMNIST", names)
-    assert chosen(["all"], "RotatedMNIST", names) == [0, 1, 2, 3, 4, 5]
-    assert chosen(["15", "5", "0", "75"], "RotatedMNIST", names) == [
+    assert parse_targets(["all"], "RotatedMNIST", names) == [0, 1, 2, 3, 4, 5]
+    assert parse_targets(["15", "5", "0", "75"], "RotatedMNIST", names) == [
         1,
         5,
         0,
     ]  # 15 is a name, 5 an index, 75 names what 5 means
     for wrong in ("7", "ninety", "-1"):
         with pytest.raises(UserError, match="0 0, 1 15, 2 30"):
-            chosen([wrong], "RotatedMNIST", names)
+            parse_targets([wrong], "RotatedMNIST", names)
 
 
 def test_device_and_workers(monkeypatch):

@@ -13,6 +13,7 @@ from qtdog.config import CollectConfig
 from qtdog.errors import UserError
 from qtdog.results import table_formats, tables
 from qtdog.results.runs import find_runs, read_card
+from qtdog.results.statistics import Cell
 from tiny import DIGITS
 
 
@@ -144,18 +145,18 @@ def test_uneven_trials_and_seeds_are_said(card):
 
 
 def test_cell_error_is_over_trials():
-    cell = tables.Cell({0: 1.0, 1: 2.0, 2: 6.0})
+    cell = Cell({0: 1.0, 1: 2.0, 2: 6.0})
     assert cell.mean == 3 and cell.stderr == pytest.approx(math.sqrt((4 + 1 + 9) / 3) / math.sqrt(3))
-    assert tables.Cell({0: 5.0}).text() == "5.0" and tables.Cell({0: 5.0}).text(3) == "5.000"
+    assert Cell({0: 5.0}).text() == "5.0" and Cell({0: 5.0}).text(3) == "5.000"
 
 
 def test_averages_over_data_sets(table):
     """ERM on pictures_2: trial 0 has 50 and 70, trial 1 has 60 and 70; QT-DoG lacks photo."""
-    other = tables.Table("more", ["a"], [tables.Row("qtdog", "", False, "oracle", {"a": tables.Cell({0: 40.0})})], [])
+    other = tables.Table("more", ["a"], [tables.Row("qtdog", "", False, "oracle", {"a": Cell({0: 40.0})})], [])
     both = tables.averages([table, other])
     rows = {(row.label, row.selection): row.cells for row in both.rows}
-    assert rows["ERM", "source validation"] == {"pictures_2": tables.Cell({0: 60.0, 1: 65.0})}
-    assert rows["QT-DoG", "oracle"] == {"more": tables.Cell({0: 40.0})}
+    assert rows["ERM", "source validation"] == {"pictures_2": Cell({0: 60.0, 1: 65.0})}
+    assert rows["QT-DoG", "oracle"] == {"more": Cell({0: 40.0})}
     assert both.grid()[1] == ["ERM", "source validation", "62.5 +/- 1.8", "X", "X", "X"]
     assert [row.selection for row in both.rows][::3] == ["source validation", "last step", "oracle"]
     assert "Averages" in table_formats.as_latex(both)

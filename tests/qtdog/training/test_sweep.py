@@ -15,8 +15,7 @@ from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.methods.hparams import random_hparams
 from qtdog.methods.presets import settle
-from qtdog.training import jobs as leave_one_out
-from qtdog.training import sweep
+from qtdog.training import jobs, sweep
 
 TINY = ["--batch-size", "2", "--device", "cpu", "--steps", "3", "--checkpoint-freq", "1", "--eval-train-images", "4"]
 
@@ -111,7 +110,7 @@ def test_states_and_the_claim_of_a_folder(tmp_path):
     (folder / "config.yaml").write_text("{}")
     assert sweep.state(folder) == "interrupted"
     holds = (
-        f"import sys, pathlib\nfrom qtdog.leave_one_out import sole_owner\nwith sole_owner(pathlib.Path('{folder}')):\n"
+        f"import sys, pathlib\nfrom qtdog.training.jobs import sole_owner\nwith sole_owner(pathlib.Path('{folder}')):\n"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", holds + "    print('held', flush=True); sys.stdin.read()"],
@@ -119,7 +118,7 @@ def test_states_and_the_claim_of_a_folder(tmp_path):
     )  # fmt: skip
     assert holder.stdout.readline() == "held\n"
     assert sweep.state(folder) == "running"
-    with pytest.raises(UserError, match="is being trained by another process"), leave_one_out.sole_owner(folder):
+    with pytest.raises(UserError, match="is being trained by another process"), jobs.sole_owner(folder):
         pass
     holder.kill()
     holder.wait()
@@ -132,14 +131,14 @@ def test_states_and_the_claim_of_a_folder(tmp_path):
 
 @pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(digits_dir, tmp_path, capsys, monkeypatch):
-    train, ill = leave_one_out.train, [True]
+    train, ill = jobs.train, [True]
 
     def fails_on_trial_0(run, *rest):
         if run.trial_seed == 0 and ill:
             raise UserError("the loss is nan at step 1")
         return train(run, *rest)
 
-    monkeypatch.setattr(leave_one_out, "train", fails_on_trial_0)
+    monkeypatch.setattr(jobs, "train", fails_on_trial_0)
     command = arguments(digits_dir, tmp_path, "--methods", "erm", "--n-trials", "2")
     assert main(command) == 2
     assert "1 of 2 runs failed" in capsys.readouterr().err
@@ -158,12 +157,12 @@ def killed(job, progress):
 @pytest.mark.slow
 def test_a_killed_process_is_one_line():
     with pytest.raises(UserError, match="a process was killed, perhaps for want of memory: try fewer --jobs"):
-        list(leave_one_out.attempts(["one", "two"], 2, killed))
+        list(jobs.run_each(["one", "two"], 2, killed))
 
 
 @pytest.mark.slow
 def test_an_unexpected_error_is_not_hidden(digits_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(leave_one_out, "train", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(jobs, "train", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(arguments(digits_dir, tmp_path, "--methods", "erm", "--n-trials", "1"))
     assert next(tmp_path.rglob("failed")).read_text() == "ZeroDivisionError: division by zero\n"
