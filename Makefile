@@ -7,7 +7,7 @@ WHEEL_ARCHS := $(TORCH_CUDA_ARCH_LIST)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),9.0)
 SOURCES := setup.py pyproject.toml qkernels/ops/schemas.py $(shell find csrc build_support -type f -not -name "*.pyc")
 
-.PHONY: demo check quick test nightly lint bench wheel clean
+.PHONY: demo check quick test nightly lint docs bench wheel clean
 
 # What `make check` needs is built without the C++/CUDA kernels, whose compilation takes longer than the check.
 $(VENV)/installed $(VENV)/installed-for-check: $(SOURCES)
@@ -40,6 +40,9 @@ lint: $(VENV)/installed-for-check  ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-for-check  ## The site, with the reference from the docstrings, into build/site; checks every link in it
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 bench: $(VENV)/installed  ## Measure on this machine, in 5 minutes (ARGS=--full: everything); writes docs/performance.md
 	$(BIN)/python -m benchmarks $(ARGS)

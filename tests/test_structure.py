@@ -2,13 +2,16 @@
 
 import ast
 import importlib
+import inspect
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
+import qkernels as qk
 from qkernels.backends import NOT_IN_CUDA, STEMS
 
 ROOT = Path(__file__).parents[1]
@@ -110,3 +113,15 @@ def test_an_op_has_one_stem_everywhere():
                 (source,) = (file for file in files if f'm.impl("{op}"' in file.read_text())
                 # Several of a family may share a file, and one may have several.
                 assert stem.startswith(source.stem) or source.stem.startswith(stem), f"{op} is in {source}"
+
+
+def test_every_public_definition_is_documented():
+    """And a class' public methods and properties, but for those that PyTorch names."""
+    for name in qk.__all__:
+        public = getattr(qk, name)
+        assert inspect.getdoc(public), name
+        members = vars(public) if inspect.isclass(public) else {}
+        for member, value in members.items():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if inspect.isfunction(function) and not member.startswith("_") and not hasattr(torch.nn.Module, member):
+                assert inspect.getdoc(getattr(public, member)), f"{name}.{member}"

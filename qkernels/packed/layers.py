@@ -381,6 +381,10 @@ class PackedConv2d(PackedLayer):
         return layer
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Images or codes [M * N, C_in, H, W], or [N, ...] where they are shared, to [M * N, C_out, H', W'].
+
+        `residual` is added before the activation and broadcasts to the result.
+        """
         geometry = self.geometry
         if self.tf_same:
             geometry = geometry.tf_same(x.shape[2], x.shape[3])
@@ -418,6 +422,10 @@ class PackedLinear(PackedLayer):
         return layer
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Floats or codes [M * N, ..., in], or [N, ...] where they are shared, to [M * N, ..., out].
+
+        `residual` has the result's shape and is added before the activation.
+        """
         rows = x.reshape(-1, self.in_channels)
         few = rows.shape[0] <= GEMV_ROWS * (1 if self.shared else self.members)
         if few and residual is None and self.input_scale is None:

@@ -76,11 +76,13 @@ class QConfig:
                 raise ValueError(f"QConfig: {name}={chosen[name]!r}; choose one of {allowed}")
 
     def weight_quantizer(self) -> LSQ | INQ:
+        """Of one layer's weight."""
         if self.quantizer == "inq":
             return INQ(self.weight_bits, self.granularity)
         return LSQ(self.weight_bits, self.granularity, self.narrow, self.learn_scale, self.grad_scale)
 
     def act_quantizer(self) -> ActivationLSQ | None:
+        """Of one layer's input; None leaves it float."""
         return None if self.act_bits is None else ActivationLSQ(self.act_bits, self.act_signed, self.learn_scale)
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +93,7 @@ class QConfig:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "QConfig":
+        """From plain types, as `dataclasses.asdict` or a JSON file has them."""
         overrides = {
             name: cls.from_dict(layer) if isinstance(layer, Mapping) else layer
             for name, layer in plain.get("overrides", {}).items()

@@ -77,13 +77,16 @@ class LSQ:
 
     @property
     def range(self) -> tuple[int, int]:
+        """(qmin, qmax)."""
         return code_range(self.bits, narrow=self.narrow)
 
     @property
     def axis(self) -> int | None:
+        """The weight's dimension with one scale an index; None for one scale in all."""
         return 0 if self.granularity == "channel" else None
 
     def grad_factor(self, weight: Tensor) -> float:
+        """What the gradient of the scale is multiplied by, see `grad_scale`."""
         if self.grad_scale == "none":
             return 1.0
         elements = weight.numel()
@@ -121,6 +124,7 @@ class INQ:
 
     @property
     def axis(self) -> int | None:
+        """The weight's dimension with one scale an index; None for one scale in all."""
         return 0 if self.granularity == "channel" else None
 
     def init_scale(self, weight: Tensor) -> Tensor:
