@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SHARED = Path(__file__).parents[3] / "shared"  # beside the repository, where there is one
+SHARED = Path(__file__).parents[2] / "shared"  # beside the repository, where there is one
 ICON_STYLES = SHARED / "data" / "icon_styles.zip"
 LITE0_WEIGHTS = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
 

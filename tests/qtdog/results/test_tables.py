@@ -11,7 +11,7 @@ import pytest
 from qtdog.cli import main
 from qtdog.config import CollectConfig
 from qtdog.errors import UserError
-from qtdog.results import table_formats, tables
+from qtdog.results import collect, table_formats, tables
 from qtdog.results.runs import find_runs, read_card
 from qtdog.results.statistics import Cell
 from tiny import DIGITS
@@ -236,7 +236,7 @@ def test_domainbeds_collector_reads_our_records_and_agrees(digits_dir, tmp_path)
         assert main(["train", *DIGITS, "--data-dir", str(digits_dir), "--method", "erm", "--output-dir", str(tmp_path),
                      "--steps", "3", "--checkpoint-freq", "1", "--eval-train-images", "2",
                      "--trial-seed", str(trial), "--hparams-seed", str(draw)]) == 0  # fmt: skip
-    results = [tables.read_result(run) for run in find_runs([str(tmp_path)])]
+    results = [collect.read_result(run) for run in find_runs([str(tmp_path)])]
     assert len({result.card.run.lr for result in results}) == 2
     rows = {row.selection: row for row in tables.build_table(results, []).rows}
     for selection in ("source validation", "oracle"):
@@ -247,11 +247,11 @@ def test_domainbeds_collector_reads_our_records_and_agrees(digits_dir, tmp_path)
 
 
 def test_output_dir_and_mixed_domains(trained, tmp_path):
-    written = tables.collect(CollectConfig(str(trained), output_dir=str(tmp_path / "results")))
+    written = collect.collect(CollectConfig(str(trained), output_dir=str(tmp_path / "results")))
     assert [path.name for path in written] == ["table.txt", "table.md", "table.tex", "table.csv", "table.json"]
     assert all(path.parent == tmp_path / "results" and path.is_file() for path in written)
     runs = shutil.copytree(trained, tmp_path / "runs")
     file = runs / "RotatedMNIST" / "erm" / "0" / "trial0_seed0" / "model.json"
     file.write_text(file.read_text().replace('"75"', '"76"'))
     with pytest.raises(UserError, match="have different domains"):
-        tables.collect(CollectConfig(str(runs)))
+        collect.collect(CollectConfig(str(runs)))
