@@ -14,6 +14,7 @@ from .checks import KERNEL_DTYPES, check_members, check_range, check_same_device
 from .geometry import Geometry
 from .library import library
 from .packing import check_packed
+from .transforms import unrecorded
 
 ops = torch.ops.qkernels
 
@@ -128,7 +129,8 @@ def packed_conv2d(
     """
     if not torch.compiler.is_compiling():
         _check_packed_conv2d(x, packed, scale, bias, residual, bits, geometry, shared, activation)
-    return ops.packed_conv2d.default(x, packed, scale, bias, residual, bits, *geometry.arguments, shared, activation)
+    arguments = (x, packed, scale, bias, residual, bits, *geometry.arguments, shared, activation)
+    return unrecorded(ops.packed_conv2d.default, *arguments)
 
 
 def _check_packed_conv2d_int8(
@@ -241,4 +243,4 @@ def packed_conv2d_int8(
     rest = (shared, activation, *code_range, out_dtype)
     if not torch.compiler.is_compiling():
         _check_packed_conv2d_int8(*arguments, geometry, *rest)
-    return ops.packed_conv2d_int8.default(*arguments, *geometry.arguments, *rest)
+    return unrecorded(ops.packed_conv2d_int8.default, *arguments, *geometry.arguments, *rest)

@@ -7,6 +7,7 @@ from .checks import KERNEL_DTYPES
 from .geometry import Geometry
 from .library import library
 from .packed_conv2d import Activation, check_conv
+from .transforms import unrecorded
 
 ops = torch.ops.qkernels
 
@@ -50,4 +51,4 @@ def packed_gemv(
     """
     if not torch.compiler.is_compiling():
         _check_packed_gemv(x, packed, scale, bias, bits, shared, activation)
-    return ops.packed_gemv.default(x, packed, scale, bias, bits, shared, activation)
+    return unrecorded(ops.packed_gemv.default, x, packed, scale, bias, bits, shared, activation)

@@ -23,8 +23,8 @@ def calls_op() -> bool:
 
 
 def unrecorded(op: Any, *arguments: Any) -> Any:
-    """Call an op inside a Function: where no gradient is wanted, not by way of the Python code that would say so."""
-    if torch.is_grad_enabled():
+    """Call an op: where no gradient is wanted, not by way of the Python code that would see to it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
