@@ -165,16 +165,7 @@ def bench_gaqat_step(contest: Contest, setup: Setup) -> None:
     most 2.1 on an H200.
     """
     contest.parameters, contest.graphs = str(setup), False
-    gaqat = steps.GAQAT(
-        rho=0.05,
-        alpha=1e-3,
-        disorder_window=100,
-        disorder_threshold=0.3,
-        freeze_when="below",
-        freeze_granularity="scale",
-        unfreeze=True,
-    )
-    sagm = steps.SAGM(rho=0.05, alpha=1e-3)
+    gaqat, sagm = steps.GAQAT(disorder_window=100), steps.SAGM()
     eager = peers.TRAINING["eager LSQ"]
 
     def step(rule: steps.StepRule, convert: peers.Convert) -> Work:

@@ -5,8 +5,8 @@ import dataclasses
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import torch
@@ -35,7 +35,8 @@ from qtdog.demo import run_demo
 from qtdog.deployment.ensemble import make_ensembles
 from qtdog.deployment.packed import evaluate_file, predict
 from qtdog.errors import UserError
-from qtdog.methods.presets import dashed
+from qtdog.methods.numbers import Number
+from qtdog.methods.presets import dashed, method_names, rule_numbers
 from qtdog.results.collect import collect
 from qtdog.training.jobs import train_all
 from qtdog.training.sweep import sweep
@@ -53,8 +54,20 @@ class Command:
     hidden: frozenset[str] = frozenset()  # settings that the command decides itself
 
     def fields(self) -> list[dataclasses.Field[Any]]:
-        """The settings that a user may give."""
-        return [field for field in dataclasses.fields(self.settings) if field.name not in self.hidden]
+        """The settings that a user may give, but for the numbers of the methods' rules."""
+        hidden = {*self.hidden, "numbers"}
+        return [field for field in dataclasses.fields(self.settings) if field.name not in hidden]
+
+    def numbers(self) -> dict[str, tuple[str, Number]]:
+        """Those numbers, where the command takes them."""
+        return rule_numbers() if issubclass(self.settings, TrainConfig) else {}
+
+    def settle(self, given: Mapping[str, Any]) -> Any:
+        """Its settings, from the values of its flags."""
+        settings = {field.name: given[field.name] for field in self.fields()}
+        if numbers := self.numbers():
+            settings["numbers"] = {name: given[name] for name in numbers if given[name] is not None}
+        return self.settings(**settings)
 
 
 COMMANDS = {
@@ -245,8 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in GROUPS:
             name, given = f"{name} {given.action}", given[given.action]
         command = COMMANDS[name]
-        names = [field.name for field in command.fields()]
-        command.run(command.settings(**{name: given[name] for name in names}))
+        command.run(command.settle(given))
     except (UserError, argparse.ArgumentError) as error:
         print(f"qtdog: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -292,9 +304,12 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
     hints = get_type_hints(command.settings, include_extras=True)
+    method = Literal[tuple(method_names())]  # type: ignore[valid-type]
+    known: dict[str, Any] = {"method": method, "methods": list[method]}  # type: ignore[valid-type]
     groups: dict[str, Any] = {}
     for field in command.fields():
         hint, text, *titles = get_args(hints[field.name])
+        hint = known.get(field.name, hint)
         group: Any = parser
         for title in titles:
             group = groups[title] = groups.get(title) or parser.add_argument_group(title)
@@ -308,6 +323,9 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
             group.add_argument(*flags, nargs="+", type=get_args(hint)[0], default=default, help=text)
         else:
             group.add_argument(*flags, type=hint, default=default, help=text)
+    for name, (title, number) in command.numbers().items():
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        group.add_argument(f"--{dashed(name)}", type=number.type | None, default=None, help=number.help)
     return parser
 
 

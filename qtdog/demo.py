@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from qtdog.analysis.flatness import Curve, measure_flatness
-from qtdog.config import CollectConfig, DemoConfig, EnsembleConfig, FlatnessConfig, MethodName, TrainConfig
+from qtdog.config import CollectConfig, DemoConfig, EnsembleConfig, FlatnessConfig, TrainConfig
 from qtdog.deployment.ensemble import make_ensembles
 from qtdog.environment import computing_threads, cores
 from qtdog.errors import UserError
@@ -21,7 +21,7 @@ from qtdog.training.evaluation import mean_out_accuracy
 from qtdog.training.jobs import Job, carry_out, plan
 
 TARGET = "75"  # beyond the angles that are trained on, not between them
-METHOD_NAMES: tuple[MethodName, MethodName] = ("erm", "qtdog")
+METHOD_NAMES: tuple[str, str] = ("erm", "qtdog")
 RADII = [0.0, 3.0, 6.0, 9.0, 12.0]
 
 
@@ -69,7 +69,7 @@ def run_demo(config: DemoConfig) -> None:
     PRINT(f"ensemble  {jobs['qtdog'][0].folder.parent / 'trial0_ensemble' / 'packed'}: for `qtdog eval`")
 
 
-def train_config(config: DemoConfig, method: MethodName) -> TrainConfig:
+def train_config(config: DemoConfig, method: str) -> TrainConfig:
     """The runs of one method: all seeds, none chosen."""
     return TrainConfig(
         dataset="RotatedMNIST",
@@ -89,7 +89,7 @@ def train_config(config: DemoConfig, method: MethodName) -> TrainConfig:
     )
 
 
-def judge(config: DemoConfig, jobs: dict[MethodName, list[Job]]) -> tuple[list[Row], Path]:
+def judge(config: DemoConfig, jobs: dict[str, list[Job]]) -> tuple[list[Row], Path]:
     """Single models and ensembles of both methods, and the path of the plot of flatness."""
     quiet = Log(shown=False)
     folders = {method: [str(job.folder) for job in jobs[method]] for method in jobs}

@@ -1,6 +1,6 @@
 """Averages of the weights along a run. They run over latent weights and scales; the averaged model quantizes them.
 
-A rule is a dataclass of its numbers: each is a flag of `qtdog train` of the same name, and a preset's number.
+A rule is a dataclass of its numbers (see `numbers.py`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from qtdog.methods.numbers import number
 
 Weights = dict[str, Tensor]  # by parameter name
 
@@ -42,8 +44,7 @@ class Mean:
 class AveragingRule:
     """What becomes of the weights that training passes through. This one: nothing, each checkpoint is as trained.
 
-    A subclass has `average_start`, the first step whose weights count; those of a run that quantizes count from the
-    switch on, so the scales exist and no average mixes float and quantized training.
+    One that averages derives from `FromStart`.
     """
 
     needs_loss = False  # whether `end_segment` wants the validation loss at each checkpoint
@@ -69,13 +70,25 @@ class AveragingRule:
 
 
 @dataclass
-class SMA(AveragingRule):
+class FromStart(AveragingRule):
+    """A rule for which the weights of some step are the first that count.
+
+    Those of a run that quantizes count from the switch on, so the scales exist and no average mixes float and quantized
+    training.
+    """
+
+    average_start: int = number(
+        100, "first step whose weights are averaged (default with quantization: the switch)", least=0
+    )
+
+
+@dataclass
+class SMA(FromStart):
     """Simple moving average: the mean of all weights from `average_start` on, which is also what is validated.
 
     Source: Arpit et al. 2022, "Ensemble of averages".
     """
 
-    average_start: int
     mean: Mean = field(default_factory=Mean, init=False, repr=False)
 
     def update(self, model: nn.Module, step: int) -> None:
@@ -93,7 +106,7 @@ class SMA(AveragingRule):
 
 
 @dataclass
-class SWAD(AveragingRule):
+class SWAD(FromStart):
     """Stochastic weight averaging densely: the mean of the weights while the validation loss is in its valley.
 
     The weights between two checkpoints are averaged to a segment, which has the later one's validation loss. The
@@ -109,10 +122,9 @@ class SWAD(AveragingRule):
     Source: Cha et al. 2021, algorithm 1 with the numbers of its LossValley.
     """
 
-    average_start: int
-    swad_converge: int
-    swad_tolerance: int
-    swad_ratio: float
+    swad_converge: int = number(3, "checkpoints whose oldest has the least loss begin SWAD", least=1)
+    swad_tolerance: int = number(6, "checkpoints above the threshold that end it", least=1)
+    swad_ratio: float = number(0.3, "how far above the mean loss the threshold lies", least=0)
     segment: Mean = field(default_factory=Mean, init=False, repr=False)
     average: Mean = field(default_factory=Mean, init=False, repr=False)
     waiting: list[tuple[float, Weights]] = field(default_factory=list, init=False, repr=False)

@@ -4,30 +4,30 @@ Numbers of a run, later ones before earlier ones: the rules' own, the data set's
 sets, for pictures, for this data set), the draw of `--hparams-seed`, and what the user gives.
 """
 
-import inspect
-import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from qtdog.config import INQ_FRACTIONS, Quantization, RunConfig, TrainConfig
 from qtdog.data import DIGITS
 from qtdog.errors import UserError
-from qtdog.methods.algorithms import ALGORITHMS
+from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.averaging import AVERAGING
 from qtdog.methods.hparams import random_hparams
+from qtdog.methods.numbers import Number, numbers_of
 from qtdog.methods.steps import STEPS
 from qtdog.models import DIGIT_NETWORKS
 
 
 @dataclass(frozen=True)
 class Method:
-    """One loss (algorithms), step rule (steps), averaging rule (averaging) and quantizer, or none.
+    """One loss (algorithms/), step rule (steps), averaging rule (averaging) and quantizer, or none.
 
     `numbers` are those that differ from the protocol: for "all" data sets, for "pictures", or for a data set by name.
     """
 
     label: str
-    algorithm: str = "erm"
+    loss: str = "erm"
     step: str = "plain"
     averaging: str = "none"
     quantizer: Literal["lsq", "inq"] | None = None
@@ -38,14 +38,26 @@ class Method:
     def ensemble_label(self) -> str:
         return self.ensemble or f"Ensemble of {self.label}"
 
+    def rules(self) -> dict[str, type]:
+        """Its loss, step rule and averaging rule, by the groups of a run's settings."""
+        return {"loss": LOSSES[self.loss], "step": STEPS[self.step], "averaging": AVERAGING[self.averaging]}
+
     def options(self) -> dict[str, list[str]]:
-        """The names of the numbers that its loss, step rule and averaging rule take."""
-        signature = inspect.signature(ALGORITHMS[self.algorithm])
-        return {
-            "loss": [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY],
-            "step": [f.name for f in fields(STEPS[self.step]) if f.init],
-            "averaging": [f.name for f in fields(AVERAGING[self.averaging]) if f.init],
-        }
+        """The names of the numbers that they take."""
+        return {group: list(numbers_of(rule)) for group, rule in self.rules().items()}
+
+
+RULES: dict[str, Mapping[str, type]] = {"loss": LOSSES, "step rule": STEPS, "averaging": AVERAGING}
+
+
+def rule_numbers() -> dict[str, tuple[str, Number]]:
+    """Name -> (kind of rule, number) of every number that any rule has."""
+    return {
+        name: (kind, number)
+        for kind, rules in RULES.items()
+        for rule in rules.values()
+        for name, number in numbers_of(rule).items()
+    }
 
 
 # SWAD averages from the start, and evaluates more often than DomainBed.
@@ -73,15 +85,15 @@ METHODS: dict[str, Method] = {
     "erm": Method("ERM"),
     "sam": Method("SAM", step="sam"),
     "sagm": Method("SAGM", step="sagm", numbers=_SAGM),
-    "coral": Method("CORAL", algorithm="coral"),
-    "mixstyle": Method("MixStyle", algorithm="mixstyle"),
+    "coral": Method("CORAL", loss="coral"),
+    "mixstyle": Method("MixStyle", loss="mixstyle"),
     "weight-noise": Method("Weight noise", step="weight-noise"),
     "swad": Method("SWAD", averaging="swad", numbers=_SWAD),
     "sma": Method("SMA", averaging="sma", ensemble="EoA"),
     "qtdog": Method("QT-DoG", quantizer="lsq", ensemble="EoQ"),
     "qtdog-inq": Method("QT-DoG (INQ)", quantizer="inq", numbers={"all": {"granularity": "tensor"}}),
-    "coral+qtdog": Method("CORAL + QT-DoG", algorithm="coral", quantizer="lsq"),
-    "mixstyle+qtdog": Method("MixStyle + QT-DoG", algorithm="mixstyle", quantizer="lsq"),
+    "coral+qtdog": Method("CORAL + QT-DoG", loss="coral", quantizer="lsq"),
+    "mixstyle+qtdog": Method("MixStyle + QT-DoG", loss="mixstyle", quantizer="lsq"),
     "qtdog+swad": Method("QT-DoG + SWAD", averaging="swad", quantizer="lsq", numbers=_SWAD),
     "qtdog+sma": Method("QT-DoG + SMA", averaging="sma", quantizer="lsq"),
     "lsq": Method("LSQ", quantizer="lsq", numbers=_LSQ),
@@ -92,32 +104,14 @@ METHODS: dict[str, Method] = {
 ENSEMBLES = {"eoa": ("sma", 6), "eoq": ("qtdog", 5)}  # a method, and how many members the paper trains of it
 BACKBONES = {"resnet-50": "resnet50.tv_in1k", "deit-s": "deit_small_patch16_224.fb_in1k"}  # the papers' by short names
 
-_RULES: dict[str, Any] = {
-    "act_bits": None,
-    "first_last_bits": None,
-    "qat_mode": "qat",
-    "rho": 0.05,
-    "alpha": 1e-3,
-    "disorder_window": 350,
-    "disorder_threshold": 0.3,
-    "freeze_when": "below",
-    "freeze_granularity": "scale",
-    "unfreeze": True,
-    "weight_noise": 1e-4,
-    "average_start": 100,
-    "swad_converge": 3,
-    "swad_tolerance": 6,
-    "swad_ratio": 0.3,
-    "coral_weight": 1.0,
-    "mixstyle_p": 0.5,
-    "mixstyle_alpha": 0.1,
-}
 # DomainBed counts 5001 updates, so that step 5000 is evaluated. The switch is at 40 % of them and quantization is 7-bit
 # with a scale a channel, as in the QT-DoG paper. The scales' own learning rate is this project's choice: Adam moves a
 # scale by up to that rate a step, whatever its gradient, and a 7-bit scale is a quarter of the mean weight.
-_QUANTIZATION = {"switch_step": 2000, "weight_bits": 7, "granularity": "channel"}
+_QUANTIZATION: dict[str, Any] = {
+    **{f.name: f.default for f in fields(Quantization) if f.default is not MISSING and f.name != "quantizer"},
+    **{"switch_step": 2000, "weight_bits": 7, "granularity": "channel"},
+}
 _DIGITS: dict[str, Any] = {
-    **_RULES,
     "steps": 5001,
     "checkpoint_freq": 100,
     "batch_size": 64,
@@ -133,7 +127,6 @@ _DIGITS: dict[str, Any] = {
     **_QUANTIZATION,
 }
 _PHOTOS: dict[str, Any] = {
-    **_RULES,
     "steps": 5001,
     "checkpoint_freq": 300,
     "batch_size": 32,
@@ -164,8 +157,15 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 _NOT_FOR_DIGITS = {"weights": "none", "dropout": 0.0, "freeze_bn": False, "image_size": None, "augmentation": "none"}
 
 
+def method_names() -> list[str]:
+    """What `--method` may be."""
+    return [*METHODS, *ENSEMBLES]
+
+
 def method_of(name: str) -> str:
     """The method that `--method` names: eoq and eoa are ensembles of one."""
+    if name not in METHODS and name not in ENSEMBLES:
+        raise UserError(f"--method {name}: there are {', '.join(method_names())}")
     return ENSEMBLES[name][0] if name in ENSEMBLES else name
 
 
@@ -175,28 +175,29 @@ def seeds_of(config: TrainConfig) -> list[int]:
     return config.seeds or list(range(members))
 
 
-def numbers_of(method: str, dataset: str) -> dict[str, Any]:
+def preset_of(method: str, dataset: str) -> dict[str, Any]:
     """All numbers that the presets have for a method on a data set, by the names of the flags."""
     own = METHODS[method].numbers
     pictures = {} if dataset in DIGITS else own.get("pictures", {})
-    return {**PROTOCOLS[dataset], **own.get("all", {}), **pictures, **own.get(dataset, {})}
+    defaults = {name: number.default for name, (_, number) in rule_numbers().items()}
+    return {**defaults, **PROTOCOLS[dataset], **own.get("all", {}), **pictures, **own.get(dataset, {})}
 
 
 def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
     """The run of `config` that leaves out domain `test_env`, with the presets' numbers where the user gave none."""
     name = method_of(config.method)
-    method, preset = METHODS[name], numbers_of(name, config.dataset)
+    method, preset = METHODS[name], preset_of(name, config.dataset)
     if config.hparams_seed > 0:
         drawn = random_hparams(config.dataset, config.hparams_seed, config.trial_seed)
         preset |= {**drawn, "scale_lr": preset["scale_lr"] * drawn["lr"] / preset["lr"]}  # the ratio to lr stays
-    value = {name: given if (given := getattr(config, name)) is not None else preset[name] for name in preset}
+    value = {name: preset[name] if (own := given(config, name)) is None else own for name in preset}
     options = method.options()
     refuse_meaningless(config, method)
     quantization = None
     if method.quantizer is not None:
         settings = {f.name: value[f.name] for f in fields(Quantization) if f.name != "quantizer"}
         quantization = Quantization(**settings, quantizer=method.quantizer)
-        if config.average_start is None:
+        if given(config, "average_start") is None:
             value["average_start"] = quantization.switch_step
     settled: dict[str, Any] = {f.name: value[f.name] for f in fields(RunConfig) if f.name in preset}
     settled |= {kind: {option: value[option] for option in names} for kind, names in options.items()}
@@ -219,13 +220,18 @@ def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
     return run
 
 
+def given(config: TrainConfig, name: str) -> Any:
+    """What a user gave for a setting or a number; None if nothing."""
+    return config.numbers.get(name) if name in rule_numbers() else getattr(config, name)
+
+
 def meaningless(config: TrainConfig, method: Method) -> list[str]:
     """The settings given in `config` that belong to a rule that the method does not follow."""
     used = {option for names in method.options().values() for option in names}
     if method.quantizer is not None:
         used |= {f.name for f in fields(Quantization)}
-    rules = [*_RULES, *_QUANTIZATION, "scale_lr"]
-    return [option for option in rules if option not in used and getattr(config, option) is not None]
+    rules = [*rule_numbers(), *_QUANTIZATION, "scale_lr"]
+    return [option for option in rules if option not in used and given(config, option) is not None]
 
 
 def refuse_meaningless(config: TrainConfig, method: Method) -> None:
@@ -239,26 +245,10 @@ def refuse_meaningless(config: TrainConfig, method: Method) -> None:
 def changed_from_preset(run: RunConfig) -> dict[str, Any]:
     """The settings of a run that differ from those of its method and data set."""
     values = run.settings()
-    preset = numbers_of(run.method, run.dataset)
+    preset = preset_of(run.method, run.dataset)
     if run.quantization is not None:
         preset["average_start"] = run.quantization.switch_step
     return {name: values[name] for name in preset if name in values and values[name] != preset[name]}
-
-
-_LIMITS = {
-    "rho": (1e-12, math.inf),
-    "alpha": (0, math.inf),
-    "disorder_window": (2, math.inf),
-    "disorder_threshold": (0, 1),
-    "weight_noise": (0, math.inf),
-    "average_start": (0, math.inf),
-    "swad_converge": (1, math.inf),
-    "swad_tolerance": (1, math.inf),
-    "swad_ratio": (0, math.inf),
-    "coral_weight": (0, math.inf),
-    "mixstyle_p": (0, 1),
-    "mixstyle_alpha": (1e-12, math.inf),
-}
 
 
 def check(run: RunConfig) -> None:
@@ -281,12 +271,16 @@ def check(run: RunConfig) -> None:
         for name, none in _NOT_FOR_DIGITS.items():
             if getattr(run, name) != none:
                 raise UserError(f"--{dashed(name)} has no meaning for {run.backbone}: leave it out")
-    for name, setting in {**run.loss, **run.step, **run.averaging}.items():
-        if name in _LIMITS and not _LIMITS[name][0] <= setting <= _LIMITS[name][1]:
-            least, most = _LIMITS[name]
-            raise UserError(f"--{dashed(name)} must lie between {least:g} and {most:g}, not {setting:g}")
-    if METHODS[run.method].algorithm == "coral" and run.batch_size < 2:
-        raise UserError("--batch-size must be at least 2 for CORAL, which needs a covariance")
+    for rule in METHODS[run.method].rules().values():
+        for name, number in numbers_of(rule).items():
+            setting = {**run.loss, **run.step, **run.averaging}[name]
+            if isinstance(setting, int | float) and not number.least <= setting <= number.most:
+                raise UserError(
+                    f"--{dashed(name)} must lie between {number.least:g} and {number.most:g}, not {setting:g}"
+                )
+    least = LOSSES[METHODS[run.method].loss].least_batch
+    if run.batch_size < least:
+        raise UserError(f"--batch-size must be at least {least} for {METHODS[run.method].label}")
     if run.quantization is not None:
         check_quantization(run, run.quantization)
 

@@ -1,7 +1,7 @@
 """How one step is taken. A step rule gets the loss as a closure, so that it may evaluate it more than once.
 
-A rule is a dataclass of its numbers: each is a flag of `qtdog train` of the same name, and a preset's number. All
-rules work with `DistributedDataParallel` models and with a `GradScaler`.
+A rule is a dataclass of its numbers (see `numbers.py`). All rules work with `DistributedDataParallel` models and with a
+`GradScaler`.
 
 Under DistributedDataParallel the first of two passes does not synchronize: each process moves the weights along the
 gradient of its own images (m-sharpness, Foret et al. 2021), and what the optimizer gets is averaged over all, once.
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import qkernels as qk
+from qtdog.methods.numbers import number
 from qtdog.models import unwrapped
 
 Loss = Callable[[], Tensor]
@@ -67,13 +68,9 @@ class Plain(StepRule):
 
 @dataclass
 class WeightNoise(StepRule):
-    """The gradient at weights with uniform noise: what quantization does, less its structure (QT-DoG's ablation).
+    """The gradient at weights with uniform noise: what quantization does, less its structure (QT-DoG's ablation)."""
 
-    Args:
-        weight_noise: the noise of a convolution's or linear layer's weight lies in [-weight_noise, weight_noise].
-    """
-
-    weight_noise: float
+    weight_noise: float = number(1e-4, "weights are moved by up to this for each gradient", least=0)
 
     def __call__(self, loss: Loss, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None = None) -> Tensor:
         optimizer.zero_grad()
@@ -92,7 +89,7 @@ class SAM(StepRule):
     Source: Foret et al. 2021.
     """
 
-    rho: float
+    rho: float = number(0.05, "SAM's radius", least=1e-12)
 
     def __call__(self, loss: Loss, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None = None) -> Tensor:
         optimizer.zero_grad()
@@ -109,14 +106,13 @@ class SAM(StepRule):
 
 
 @dataclass
-class SAGM(StepRule):
+class SAGM(SAM):
     """Sharpness-aware gradient matching: the mean of the gradients at w and at w + (rho / ||g|| - alpha) g.
 
     Source: Wang et al. 2023, the objective L(w) + L_p(w - alpha grad L(w)).
     """
 
-    rho: float
-    alpha: float
+    alpha: float = number(1e-3, "SAGM's step along the gradient", least=0)
 
     def __call__(self, loss: Loss, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None = None) -> Tensor:
         optimizer.zero_grad()
@@ -144,21 +140,16 @@ class GAQAT(SAGM):
     between consecutive steps, decides whether the scale is frozen: then it gets half of the second-pass (smoothness)
     gradient alone, until a later window thaws it. Everything else gets SAGM's gradient.
 
-    Args:
-        disorder_window: steps in a window.
-        disorder_threshold: in 0..1.
-        freeze_when: whether scales with a disorder `below` or `above` the threshold are frozen.
-        freeze_granularity: each `scale` by its own disorder, or all scales of a `layer` by their mean (FQAT).
-        unfreeze: False keeps a frozen scale frozen.
-
     Source: GAQAT, arXiv 2412.05551; per layer, FQAT, arXiv 2509.00859.
     """
 
-    disorder_window: int
-    disorder_threshold: float
-    freeze_when: Literal["below", "above"]
-    freeze_granularity: Literal["scale", "layer"]
-    unfreeze: bool
+    disorder_window: int = number(350, "steps between GAQAT's decisions which scales to freeze", least=2)
+    disorder_threshold: float = number(0.3, "share of sign flips, 0 to 1, that decides", least=0, most=1)
+    freeze_when: Literal["below", "above"] = number("below", "freeze scales with a disorder below or above it")
+    freeze_granularity: Literal["scale", "layer"] = number(
+        "scale", "decide for each scale, or for the scales of a layer together by their mean (FQAT)"
+    )
+    unfreeze: bool = number(True, "whether a frozen scale may thaw in a later window")
     disorder: "Disorder | None" = field(default=None, init=False, repr=False)
 
     def between_passes(self, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from qtdog.environment import pick_workers
 from qtdog.errors import UserError
 from qtdog.files import write_text
 from qtdog.log import Log
-from qtdog.methods.presets import METHODS, dashed, meaningless, method_of, seeds_of, settle
+from qtdog.methods.presets import METHODS, dashed, meaningless, method_of, rule_numbers, seeds_of, settle
 from qtdog.results.runs import read_card
 from qtdog.training.jobs import Job, check_jobs, parse_targets, run_each, sole_owner
 from qtdog.training.trainer import prepare_folder
@@ -118,7 +118,9 @@ def train_configs(config: SweepConfig) -> Iterator[TrainConfig]:
     unused = {name: set(meaningless(config, METHODS[method_of(name)])) for name in config.methods}
     for_none = set.intersection(*unused.values())
     for method, options in unused.items():
-        own = {**shared, **dict.fromkeys(options - for_none), "method": method}
+        unknown = options - for_none
+        numbers = {name: value for name, value in config.numbers.items() if name not in unknown}
+        own = {**shared, **dict.fromkeys(unknown - rule_numbers().keys()), "method": method, "numbers": numbers}
         for trial_seed in range(config.n_trials):
             for hparams_seed in range(config.n_hparams):
                 yield TrainConfig(**{**own, "trial_seed": trial_seed, "hparams_seed": hparams_seed})

@@ -28,7 +28,7 @@ from qtdog.environment import describe_environment
 from qtdog.errors import UserError
 from qtdog.files import read_records, write_records, write_text
 from qtdog.log import Log
-from qtdog.methods.algorithms import ALGORITHMS
+from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.averaging import AVERAGING, holding
 from qtdog.methods.presets import METHODS, changed_from_preset
 from qtdog.methods.steps import STEPS
@@ -102,7 +102,7 @@ def facts(run: RunConfig, source: str, environment: dict[str, str]) -> list[str]
             f"{quantization.weight_bits} bit per {quantization.granularity}{inputs}, "
             f"from {quantization.switch_step} ({quantization.quantizer}, {quantization.qat_mode})"
         )
-    rules = {"loss": method.algorithm, "step": method.step, "averaging": method.averaging}
+    rules = {"loss": method.loss, "step": method.step, "averaging": method.averaging}
     numbers = {"loss": run.loss, "step": run.step, "averaging": run.averaging}
     told = [
         f"{kind} {rule}" + "".join(f" {name}={value}" for name, value in numbers[kind].items())
@@ -178,7 +178,7 @@ class Trainer:
         self.network = synchronized(self.model)  # what is trained: the same model, in one or several processes
         self.float_nbytes = qk.packed_nbytes(model)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
-        self.loss = partial(ALGORITHMS[self.method.algorithm], **run.loss)
+        self.loss = LOSSES[self.method.loss](**run.loss)
         self.take_step = STEPS[self.method.step](**run.step)
         self.averaging = AVERAGING[self.method.averaging](**run.averaging)
         self.scaler = torch.amp.GradScaler(device.type) if run.precision == "float16" else None

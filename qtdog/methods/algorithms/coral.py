@@ -1,36 +1,41 @@
 """Deep CORAL: features whose mean and covariance are the same in all source domains (Sun & Saenko 2016)."""
 
+from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtdog.methods.algorithms.loss import Loss, Minibatches
+from qtdog.methods.numbers import number
 from qtdog.models import head
 
 
-def coral(model: nn.Module, minibatches: list[tuple[Tensor, Tensor]], *, coral_weight: float) -> Tensor:
+@dataclass
+class CORAL(Loss):
     """Mean cross-entropy of the domains plus `coral_weight` times the mean `distance` over all pairs of domains.
 
-    Args:
-        model: maps images [N, C, H, W] to logits [N, classes]; its features are what its head takes.
-        minibatches: one (images float [B, C, H, W], labels int64 [B]) a source domain, B at least 2.
-
-    Returns:
-        A scalar.
+    The features are what the model's head takes.
     """
-    sizes = [len(y) for _, y in minibatches]
-    features: list[Tensor] = []
-    handle = head(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).float()))
-    try:
-        logits = model(torch.cat([x for x, _ in minibatches]))
-    finally:
-        handle.remove()
-    losses = [F.cross_entropy(z.float(), y) for z, (_, y) in zip(logits.split(sizes), minibatches, strict=True)]
-    with torch.autocast(logits.device.type, enabled=False):  # a covariance is a matrix product, but not the network's
-        pairs = [distance(a, b) for a, b in combinations(features[0].split(sizes), 2)]
-    loss = torch.stack(losses).mean()
-    return loss + coral_weight * torch.stack(pairs).mean() if pairs else loss
+
+    least_batch: ClassVar[int] = 2  # a covariance
+    coral_weight: float = number(1.0, "weight of CORAL's penalty", least=0)
+
+    def __call__(self, model: nn.Module, minibatches: Minibatches) -> Tensor:
+        sizes = [len(y) for _, y in minibatches]
+        features: list[Tensor] = []
+        handle = head(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).float()))
+        try:
+            logits = model(torch.cat([x for x, _ in minibatches]))
+        finally:
+            handle.remove()
+        losses = [F.cross_entropy(z.float(), y) for z, (_, y) in zip(logits.split(sizes), minibatches, strict=True)]
+        with torch.autocast(logits.device.type, enabled=False):  # not a product of the network
+            pairs = [distance(a, b) for a, b in combinations(features[0].split(sizes), 2)]
+        loss = torch.stack(losses).mean()
+        return loss + self.coral_weight * torch.stack(pairs).mean() if pairs else loss
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

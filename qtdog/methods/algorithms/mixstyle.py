@@ -5,40 +5,38 @@ the loss is computed and never in evaluation.
 """
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtdog.methods.algorithms.erm import erm
+from qtdog.methods.algorithms.erm import ERM
+from qtdog.methods.algorithms.loss import Minibatches
+from qtdog.methods.numbers import number
 from qtdog.models import style_layers
 
 
-def mixstyle(
-    model: nn.Module, minibatches: list[tuple[Tensor, Tensor]], *, mixstyle_p: float, mixstyle_alpha: float
-) -> Tensor:
-    """Mean cross-entropy of all source domains' images, their styles mixed.
+@dataclass
+class MixStyle(ERM):
+    """Mean cross-entropy of all source domains' images, in nats, their styles mixed. The network is convolutional."""
 
-    Args:
-        model: a convolutional network, images [N, C, H, W] to logits [N, classes].
-        minibatches: one (images float [B, C, H, W], labels int64 [B]) a source domain.
-        mixstyle_p: probability, for each layer, that it mixes the styles of this minibatch.
-        mixstyle_alpha: the share of its own style that an image keeps is drawn from Beta(alpha, alpha).
+    mixstyle_p: float = number(0.5, "probability that a layer mixes the styles of a minibatch", least=0, most=1)
+    mixstyle_alpha: float = number(
+        0.1, "the share of its own style that an image keeps is drawn from Beta(alpha, alpha)", least=1e-12
+    )
 
-    Returns:
-        A scalar in nats.
-    """
+    def __call__(self, model: nn.Module, minibatches: Minibatches) -> Tensor:
+        def mix(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            if torch.rand(()) >= self.mixstyle_p:
+                return output
+            share = torch.distributions.Beta(self.mixstyle_alpha, self.mixstyle_alpha).sample((len(output),))
+            return mixed(output, torch.randperm(len(output)).to(output.device), share.to(output.device))
 
-    def mix(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if torch.rand(()) >= mixstyle_p:
-            return output
-        share = torch.distributions.Beta(mixstyle_alpha, mixstyle_alpha).sample((len(output),))
-        return mixed(output, torch.randperm(len(output)).to(output.device), share.to(output.device))
-
-    with ExitStack() as hooks:
-        for layer in style_layers(model):
-            hooks.callback(layer.register_forward_hook(mix).remove)
-        return erm(model, minibatches)
+        with ExitStack() as hooks:
+            for layer in style_layers(model):
+                hooks.callback(layer.register_forward_hook(mix).remove)
+            return super().__call__(model, minibatches)
 
 
 def mixed(x: Tensor, order: Tensor, share: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from torch import nn
 
 import qkernels as qk
 from qtdog.errors import UserError
-from qtdog.methods.algorithms.coral import coral, distance
-from qtdog.methods.algorithms.erm import erm
-from qtdog.methods.algorithms.mixstyle import mixed, mixstyle
+from qtdog.methods.algorithms.coral import CORAL, distance
+from qtdog.methods.algorithms.erm import ERM
+from qtdog.methods.algorithms.mixstyle import MixStyle, mixed
 from qtdog.models import MNIST_CNN, build_model, style_layers
 
 
@@ -35,10 +35,10 @@ def test_coral_is_cross_entropy_plus_the_mean_over_pairs():
     pairs = [distance(features[i], features[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     for weight in (0.0, 1.0, 2.5):
         expected = sum(each) / 3 + weight * sum(pairs) / 3
-        torch.testing.assert_close(coral(model, data, coral_weight=weight), expected)
+        torch.testing.assert_close(CORAL(coral_weight=weight)(model, data), expected)
     assert not model.classifier._forward_pre_hooks
-    torch.testing.assert_close(coral(model, data[:1], coral_weight=1.0), each[0])
-    loss = coral(model, data, coral_weight=1.0)
+    torch.testing.assert_close(CORAL(coral_weight=1.0)(model, data[:1]), each[0])
+    loss = CORAL(coral_weight=1.0)(model, data)
     loss.backward()
     assert model.conv1.weight.grad.abs().max() > 0
 
@@ -48,7 +48,7 @@ def test_coral_takes_timm_models_and_fused_quantized_ones():
     data = batches(shape=(3, 32, 32), classes=3)
     qk.quantize_(model, qk.QConfig(act_bits=8))
     qk.fuse_weights_(model)
-    coral(model, data, coral_weight=1.0).backward()
+    CORAL(coral_weight=1.0)(model, data).backward()
     assert all(scale.grad is not None for _, scale in qk.named_scales(model))
 
 
@@ -73,19 +73,19 @@ def test_mixed_against_numpy():
 @pytest.mark.slow
 def test_mixstyle_acts_on_three_layers_with_its_probability_and_in_the_loss_only():
     model, data = MNIST_CNN(1, 10), batches()
-    plain = erm(model, data)
-    never = mixstyle(model, data, mixstyle_p=0.0, mixstyle_alpha=0.1)
+    plain = ERM()(model, data)
+    never = MixStyle(mixstyle_p=0.0, mixstyle_alpha=0.1)(model, data)
     assert torch.equal(never, plain)
-    always = [mixstyle(model, data, mixstyle_p=1.0, mixstyle_alpha=0.1) for _ in range(2)]
+    always = [MixStyle(mixstyle_p=1.0, mixstyle_alpha=0.1)(model, data) for _ in range(2)]
     assert always[0] != plain and always[0] != always[1]
     torch.manual_seed(5)
-    one = mixstyle(model, data, mixstyle_p=1.0, mixstyle_alpha=0.1)
+    one = MixStyle(mixstyle_p=1.0, mixstyle_alpha=0.1)(model, data)
     torch.manual_seed(5)
-    assert torch.equal(mixstyle(model, data, mixstyle_p=1.0, mixstyle_alpha=0.1), one)
+    assert torch.equal(MixStyle(mixstyle_p=1.0, mixstyle_alpha=0.1)(model, data), one)
     assert not any(m._forward_hooks for m in model.modules())
     changed = 0
     for _ in range(40):
-        changed += mixstyle(model, data, mixstyle_p=0.5, mixstyle_alpha=0.1).item() != plain.item()
+        changed += MixStyle(mixstyle_p=0.5, mixstyle_alpha=0.1)(model, data).item() != plain.item()
     assert 25 <= changed < 40  # 1 - .5^3 = 7/8 of them, less draws near 1
 
 
@@ -102,7 +102,7 @@ def test_mixstyle_layers_of_timm_models(name):
 def test_mixstyle_layers_of_a_resnet_are_its_layers():
     model = build_model("test_resnet", 3, 3)
     assert style_layers(model) == [model.layer1, model.layer2, model.layer3]
-    mixstyle(model, batches(shape=(3, 32, 32), classes=3), mixstyle_p=1.0, mixstyle_alpha=0.1).backward()
+    MixStyle(mixstyle_p=1.0)(model, batches(shape=(3, 32, 32), classes=3)).backward()
 
 
 def test_mixstyle_refuses_a_transformer():

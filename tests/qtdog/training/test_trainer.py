@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from qtdog.cli import main
 from qtdog.config import Quantization, RunConfig, TrainConfig
 from qtdog.errors import UserError
 from qtdog.files import read_records
-from qtdog.methods.algorithms import ALGORITHMS
+from qtdog.methods.algorithms import ERM, LOSSES
 from qtdog.methods.presets import METHODS, changed_from_preset, seeds_of, settle
 from qtdog.methods.steps import Plain
 from qtdog.models import MNIST_CNN
@@ -36,7 +36,7 @@ def steps(model, optimizer, count):
     torch.manual_seed(0)
     for _ in range(count):
         batch = [(torch.rand(4, 1, 28, 28), torch.randint(10, (4,)))]
-        Plain()(lambda batch=batch: ALGORITHMS["erm"](model, batch), model, optimizer)
+        Plain()(lambda batch=batch: ERM()(model, batch), model, optimizer)
 
 
 def membership(model, optimizer):
@@ -84,7 +84,7 @@ def test_erm_is_the_mean_over_all_domains_images():
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
     batches = [(torch.rand(2, 2), torch.tensor([0, 1])), (torch.rand(4, 2), torch.tensor([2, 1, 0, 0]))]
     each = [-model(x).log_softmax(1)[i, y] for x, ys in batches for i, y in enumerate(ys)]
-    torch.testing.assert_close(ALGORITHMS["erm"](model, batches), torch.stack(each).mean())
+    torch.testing.assert_close(ERM()(model, batches), torch.stack(each).mean())
 
 
 def records(folder):
@@ -189,12 +189,12 @@ def quick(digits_dir, output, *more):
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_path, capsys, monkeypatch):
     calls = []
 
-    def failing(model, batches):
-        calls.append(None)
-        return ALGORITHMS_ERM(model, batches) * (math.nan if len(calls) == 3 else 1)
+    class Failing(ERM):
+        def __call__(self, model, batches):
+            calls.append(None)
+            return super().__call__(model, batches) * (math.nan if len(calls) == 3 else 1)
 
-    ALGORITHMS_ERM = ALGORITHMS["erm"]
-    monkeypatch.setitem(ALGORITHMS, "erm", failing)
+    monkeypatch.setitem(LOSSES, "erm", Failing)
     assert main(quick(digits_dir, tmp_path, "--steps", "6")) == 2
     message = capsys.readouterr().err
     assert "the loss is nan at step 2" in message and message.count("\n") == 1
@@ -224,27 +224,26 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_
 def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
     """Products in half precision, weights, losses and evaluation in float32, and nearly the same training."""
     layers, evaluated = set(), set()
-    algorithm, accuracy = METHODS[method].algorithm, trainer.accuracy
+    rule, accuracy = LOSSES[METHODS[method].loss], trainer.accuracy
 
-    @wraps(ALGORITHMS[algorithm])
-    def watched(model, batches, **numbers):
-        handle = model.conv3.register_forward_hook(lambda module, inputs, output: layers.add(output.dtype))
-        loss = ALGORITHM(model, batches, **numbers)
-        handle.remove()
-        assert loss.dtype == torch.float32
-        return loss
+    class Watched(rule):
+        def __call__(self, model, batches):
+            handle = model.conv3.register_forward_hook(lambda module, inputs, output: layers.add(output.dtype))
+            loss = super().__call__(model, batches)
+            handle.remove()
+            assert loss.dtype == torch.float32
+            return loss
 
     def judged(model, images, device):
         evaluated.add(model(next(iter(images))[0]).dtype)
         return accuracy(model, images, device)
 
-    ALGORITHM = ALGORITHMS[algorithm]
     monkeypatch.setattr(trainer, "accuracy", judged)
     whole = ["train", *DIGITS, "--dataset", "ColoredMNIST", "--data-dir", str(digits_dir), "--method", method]
     whole += ["--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4"]
     whole += ["--switch-step", "2"] * (method == "qtdog")
     assert main([*whole, "--output-dir", str(tmp_path / "float32")]) == 0
-    monkeypatch.setitem(ALGORITHMS, algorithm, watched)
+    monkeypatch.setitem(LOSSES, METHODS[method].loss, Watched)
     assert main([*whole, "--output-dir", str(tmp_path / precision), "--precision", precision]) == 0
     assert layers == {getattr(torch, precision)} and evaluated == {torch.float32}
     place = Path("ColoredMNIST") / method / "+90%" / "trial0_seed0"

@@ -1,0 +1,23 @@
+"""What a loss is to the trainer."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+Minibatches = list[tuple[Tensor, Tensor]]  # one (images float [B, C, H, W], labels int64 [B]) a source domain
+
+
+@dataclass
+class Loss:
+    """Maps (model, minibatches of the source domains) to a scalar. A loss is a dataclass of its numbers."""
+
+    least_batch: ClassVar[int] = 1  # images of each domain that it needs
+
+    def __call__(self, model: nn.Module, minibatches: Minibatches) -> Tensor:
+        """The loss, differentiable.
+
+        Args:
+            model: maps images [N, C, H, W] to logits [N, classes].
+        """
+        raise NotImplementedError
