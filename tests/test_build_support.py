@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,9 +23,13 @@ def put_torch(site: Path, version: str) -> Path:
 @pytest.fixture
 def no_torch(monkeypatch, tmp_path):
     """As in an isolated build for an environment without PyTorch; the folder where its packages would be."""
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(torch_headers.sysconfig, "get_paths", lambda: dict.fromkeys(("purelib", "platlib"), tmp_path))
-    monkeypatch.setattr(torch_headers.site, "getusersitepackages", lambda: str(tmp_path / "user"))
+    paths = dict.fromkeys(("purelib", "platlib"), tmp_path)
+    for name, seen in {
+        "sys": SimpleNamespace(path=[], executable=sys.executable),
+        "sysconfig": SimpleNamespace(get_paths=lambda: paths),
+        "site": SimpleNamespace(getusersitepackages=lambda: str(tmp_path / "user")),
+    }.items():
+        monkeypatch.setattr(torch_headers, name, seen)  # there alone: coverage too asks sysconfig when sys.path changes
     return tmp_path
 
 
@@ -42,7 +47,7 @@ def downloads(monkeypatch):
             wheel.writestr("torch/lib/libtorch_cuda.so", "gigabytes")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(torch_headers.subprocess, "run", download)
+    monkeypatch.setattr(torch_headers, "subprocess", SimpleNamespace(run=download))
     return commands
 
 
@@ -71,7 +76,7 @@ def test_without_a_torch_that_is_new_enough_headers_come_out_of_a_wheel_once(no_
 
 def test_a_failed_download_says_what_to_do(no_torch, monkeypatch):
     failed = subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(torch_headers.subprocess, "run", lambda command, check: failed)
+    monkeypatch.setattr(torch_headers, "subprocess", SimpleNamespace(run=lambda command, check: failed))
     with pytest.raises(SystemExit, match="`pip install torch` first"):
         torch_headers.torch_include(no_torch)
 
@@ -94,6 +99,6 @@ DYNAMIC SYMBOL TABLE:
 
 def test_symbols_get_the_newest_version_that_glibc_2_28_has(monkeypatch):
     finished = subprocess.CompletedProcess([], 0, stdout=OBJDUMP)
-    monkeypatch.setattr(old_glibc.subprocess, "run", lambda *args, **kwargs: finished)
+    monkeypatch.setattr(old_glibc, "subprocess", SimpleNamespace(run=lambda *args, **kwargs: finished))
     versions = old_glibc.symbol_versions("libc.so.6")
     assert versions == ["pthread_create pthread_create@GLIBC_2.2.5", "dlmopen dlmopen@GLIBC_2.3.4"]

@@ -1,8 +1,8 @@
 """What setup.py decides before it compiles: where nvcc is, for which GPUs to build, and what it says without one."""
 
 import runpy
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import setuptools
@@ -17,10 +17,12 @@ def setup_py(monkeypatch):
 
 
 @pytest.fixture
-def nowhere(monkeypatch):
-    """No nvcc on PATH nor among installed packages."""
+def nowhere(setup_py, monkeypatch):
+    """No nvcc on PATH nor among installed packages, whose folders are in the list that this returns."""
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(sys, "path", [])
+    packages = []
+    monkeypatch.setitem(setup_py["find_nvcc"].__globals__, "sys", SimpleNamespace(path=packages))
+    return packages
 
 
 def put_nvcc(folder):
@@ -33,7 +35,7 @@ def put_nvcc(folder):
 def test_nvcc_is_found_on_cuda_home_then_path_then_among_packages(setup_py, nowhere, tmp_path, monkeypatch):
     assert setup_py["find_nvcc"]() is None
     packaged = put_nvcc(tmp_path / "site" / "nvidia" / "cu13" / "bin")
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    nowhere.append(str(tmp_path / "site"))
     assert setup_py["find_nvcc"]() == packaged
     on_path = put_nvcc(tmp_path / "bin")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))

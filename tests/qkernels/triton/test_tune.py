@@ -1,6 +1,7 @@
 """`python -m qkernels.triton.tune`: many processes compile, one times, and what it has is written whenever it stops."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def ran(monkeypatch):
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(tune, "run", run)
     monkeypatch.setattr(tune, "layers", lambda model: {((n, 1, 1), 8, None) for n in (1, 2, 3)})
-    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return launches
 
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 from qtdog.log import Log
 from qtdog.results.runs import seconds_of
 from qtdog.training import progress
@@ -6,7 +8,7 @@ from qtdog.training.progress import Progress
 
 def test_off_a_terminal_a_line_at_each_fifth(capsys, monkeypatch):
     now = iter([100.0, 120.0, 160.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
     with Progress("runs", 100, Log()) as done:
         for steps in (0, 19, 20, 25, 61, 100):
             done(steps)
