@@ -12,6 +12,7 @@ import jsonargparse
 import torch
 
 import qkernels as qk
+from qtdog import plugins
 from qtdog.analysis.curvature import measure_curvature
 from qtdog.analysis.diagnostics import diagnose
 from qtdog.analysis.flatness import measure_flatness
@@ -36,7 +37,7 @@ from qtdog.deployment.ensemble import make_ensembles
 from qtdog.deployment.packed import evaluate_file, predict
 from qtdog.errors import UserError
 from qtdog.methods.numbers import Number
-from qtdog.methods.presets import dashed, method_names, rule_numbers
+from qtdog.methods.presets import PARTS, PROTOCOLS, dashed, method_names, rule_numbers
 from qtdog.results.collect import collect
 from qtdog.training.jobs import train_all
 from qtdog.training.sweep import sweep
@@ -253,10 +254,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `qtdog` with these arguments; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        plugins.load_installed()
+        files = plugin_files(arguments)
+        plugins.load(files)
         parsed = build_parser().parse_args([with_dashes(argument) for argument in arguments])
         name, given = parsed.command, parsed[parsed.command]
         if name in GROUPS:
             name, given = f"{name} {given.action}", given[given.action]
+        if (given.plugin or []) != files:  # a file of settings from elsewhere shall not run code
+            raise UserError("plug-ins are named on the command line, by --plugin, not in a file of settings")
         command = COMMANDS[name]
         command.run(command.settle(given))
     except (UserError, argparse.ArgumentError) as error:
@@ -303,13 +309,12 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
         description=command.summary, epilog=command.examples, exit_on_error=False, formatter_class=HelpFormatter
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_argument("--plugin", action="append", help="file that adds methods, data sets, ...: docs/extending.md")
     hints = get_type_hints(command.settings, include_extras=True)
-    method = Literal[tuple(method_names())]  # type: ignore[valid-type]
-    known: dict[str, Any] = {"method": method, "methods": list[method]}  # type: ignore[valid-type]
     groups: dict[str, Any] = {}
     for field in command.fields():
         hint, text, *titles = get_args(hints[field.name])
-        hint = known.get(field.name, hint)
+        hint = among_known(field.name, hint)
         group: Any = parser
         for title in titles:
             group = groups[title] = groups.get(title) or parser.add_argument_group(title)
@@ -327,6 +332,22 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         group.add_argument(f"--{dashed(name)}", type=number.type | None, default=None, help=number.help)
     return parser
+
+
+def among_known(name: str, hint: Any) -> Any:
+    """The type of a setting that names something, with the names that there are now, plug-ins' among them."""
+    names = {"method": method_names(), "dataset": PROTOCOLS, **PARTS}.get(name.removesuffix("s"))
+    if names is None or hint not in (str, str | None, list[str]):
+        return hint
+    known = Literal[tuple(names)]  # type: ignore[valid-type]
+    return {str: known, str | None: known | None, list[str]: list[known]}[hint]  # type: ignore[valid-type]
+
+
+def plugin_files(arguments: Sequence[str]) -> list[str]:
+    """What follows `--plugin`: it must have run before there can be a parser of all flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    return parser.parse_known_args(arguments)[0].plugin
 
 
 def with_dashes(argument: str) -> str:

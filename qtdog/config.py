@@ -5,13 +5,11 @@
 """
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import qkernels as qk
 
-DatasetName = Literal[
-    "PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet", "RotatedMNIST", "ColoredMNIST", "folder", "csv"
-]
 AugmentationName = Literal["domainbed", "swad", "qtdog", "none"]
 QatMode = Literal["qat", "frozen-backbone", "rtn-frozen"]
 INQ_FRACTIONS = (0.5, 0.75, 0.875, 1.0)  # of a layer's weights, frozen at equal distances from the switch on
@@ -25,7 +23,7 @@ class TrainConfig:
     """Settings of `qtdog train`; None means: as the presets say."""
 
     dataset: Annotated[
-        DatasetName,
+        str,
         "which data; `folder` is any <root>/<domain>/<class>/<image> under --data-dir, `csv` a list of images",
     ] = "RotatedMNIST"
     data_dir: Annotated[
@@ -34,6 +32,10 @@ class TrainConfig:
         "for the MNIST sets the one that holds MNIST/raw/*ubyte; never downloaded to",
     ] = None
     method: Annotated[str, "preset of loss, step rule, quantization and averaging"] = "qtdog"
+    loss: Annotated[str | None, "instead of the preset's", "parts of the method"] = None
+    step: Annotated[str | None, "instead of the preset's step rule", "parts of the method"] = None
+    averaging: Annotated[str | None, "instead of the preset's", "parts of the method"] = None
+    quantizer: Annotated[str | None, "instead of the preset's; `none` trains in float", "parts of the method"] = None
     test_envs: Annotated[list[str], "target domains, each left out in its own runs: indices, names or `all`"] = field(
         default_factory=lambda: ["all"]
     )
@@ -112,6 +114,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Plugin:
+    """A file that a run needs, see `qtdog.plugins`: where it was, and what was in it."""
+
+    path: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{Path(self.path).name} {self.sha256[:8]}"
+
+
+@dataclass(frozen=True)
 class Quantization:
     """When and how a run quantizes."""
 
@@ -182,14 +195,21 @@ class RunConfig:
     step: dict[str, Any]  # of its step rule
     averaging: dict[str, Any]  # of its averaging rule
     precision: Precision = "float32"
+    plugins: tuple[Plugin, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
-        return asdict(self)
+        values = asdict(self)
+        values["plugins"] = list(values["plugins"])
+        if not self.plugins:
+            del values["plugins"]
+        return values
 
     def settings(self) -> dict[str, Any]:
         """All values by the names of their flags, without the groups they belong to."""
         values = self.to_dict()
+        if self.plugins:
+            values["plugins"] = ", ".join(str(plugin) for plugin in self.plugins)
         for group in ("quantization", "loss", "step", "averaging"):
             values.update(values.pop(group) or {})
         return values
@@ -197,17 +217,19 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
         """Inverse of `to_dict`."""
-        quantization = values["quantization"]
-        return cls(**{**values, "quantization": Quantization(**quantization) if quantization else None})
+        quantization, plugins = values["quantization"], values.get("plugins", [])
+        own = {
+            "quantization": Quantization(**quantization) if quantization else None,
+            "plugins": tuple(Plugin(**plugin) for plugin in plugins),
+        }
+        return cls(**{**values, **own})
 
 
 @dataclass
 class SweepConfig(TrainConfig):
     """Settings of `qtdog sweep`: what to sweep over, and how each run is trained."""
 
-    datasets: Annotated[list[DatasetName], "data sets, all under --data-dir"] = field(
-        default_factory=lambda: ["RotatedMNIST"]
-    )
+    datasets: Annotated[list[str], "data sets, all under --data-dir"] = field(default_factory=lambda: ["RotatedMNIST"])
     methods: Annotated[list[str], "methods; a setting that one does not know is for the others"] = field(
         default_factory=lambda: ["erm", "qtdog"]
     )
@@ -251,7 +273,7 @@ class EvalConfig:
 
     file: Annotated[str, "packed ensemble: the folder `packed` that `qtdog ensemble` wrote"] = ""
     data_dir: Annotated[str | None, "root of the data, as for `qtdog train`"] = None
-    dataset: Annotated[DatasetName | None, "which data (default: the one it was trained on)"] = None
+    dataset: Annotated[str | None, "which data (default: the one it was trained on)"] = None
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
     num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None
 
@@ -337,7 +359,7 @@ class CollectConfig:
 class VerifyConfig:
     """Settings of `qtdog data verify`."""
 
-    dataset: Annotated[DatasetName, "which data, as for `qtdog train`"] = "folder"
+    dataset: Annotated[str, "which data, as for `qtdog train`"] = "folder"
     data_dir: Annotated[str | None, "root of the data, or the data set's own folder or file"] = None
     num_workers: Annotated[int | None, "images read at once, at most the CPU cores"] = None
 

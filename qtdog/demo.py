@@ -14,7 +14,7 @@ from qtdog.environment import computing_threads, cores
 from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.log import PRINT, Log
-from qtdog.methods.presets import METHODS
+from qtdog.methods.presets import find_method
 from qtdog.results.collect import collect
 from qtdog.results.runs import read_card
 from qtdog.training.evaluation import mean_out_accuracy
@@ -119,7 +119,7 @@ def single_row(folders: Sequence[str], curves: Sequence[Curve]) -> Row:
     cards = [read_card(Path(folder)) for folder in folders]
     rises = [curve.mean[-1] for folder in folders for curve in curves if (curve.run, curve.side) == (folder, "target")]
     return Row(
-        METHODS[cards[0].run.method].label,
+        find_method(cards[0].run.method).label,
         [100 * card.target_accuracy for card in cards],
         [100 * card.source_validation_accuracy for card in cards],
         cards[0].nbytes,
@@ -133,7 +133,7 @@ def ensemble_row(folder: Path) -> Row:
     (record,) = read_records(folder / "results.jsonl")
     sources = [env for env in range(len(record["domains"])) if env != record["test_env"]]
     return Row(
-        METHODS[record["method"]].ensemble_label,
+        find_method(record["method"]).ensemble_label,
         [100 * record["target_accuracy"]],
         [100 * mean_out_accuracy(record, sources)],
         record["nbytes"],

@@ -65,7 +65,8 @@ def halving(channels: int, wide: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(wide), relu=nn.ReLU()))
 
 
-DIGIT_NETWORKS = {"MNIST_CNN": MNIST_CNN, "SMALL_CNN": SMALL_CNN}
+# Networks for the data sets of DIGITS: from (channels, classes).
+DIGIT_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"MNIST_CNN": MNIST_CNN, "SMALL_CNN": SMALL_CNN}
 
 
 def preprocessing(backbone: str, image_size: int | None) -> Preprocessing | None:

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -50,6 +52,28 @@ def pytest_runtest_call(item: pytest.Item):
         return (yield)
     finally:
         sys.settrace(trace)
+
+
+@pytest.fixture
+def forget():
+    """Forgets the plug-ins that this process has loaded since; called once more after the test."""
+    from qtdog import plugins
+
+    before = [dict(registry) for registry in plugins._REGISTRIES]
+
+    def forget():
+        for registry, entries in zip(plugins._REGISTRIES, before, strict=True):
+            registry.clear()
+            registry.update(entries)
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def plugin(forget, tmp_path):
+    """A copy of examples/plugin.py."""
+    return shutil.copy(Path(__file__).parents[1] / "examples" / "plugin.py", tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from qtdog.analysis.probe import run_label
 from qtdog.config import DiagnosticsConfig
 from qtdog.files import csv_text, read_records
 from qtdog.log import Log
-from qtdog.methods.presets import METHODS
+from qtdog.methods.presets import find_method
 from qtdog.results.runs import ModelCard, find_runs, read_card
 from qtdog.results.statistics import Cell
 from qtdog.results.variants import described, distinguishing_settings, settings_of
@@ -189,7 +189,7 @@ def kinds_of(cards: Mapping[Path, ModelCard]) -> dict[Path, Kind]:
     kinds = {}
     for folder, card in cards.items():
         others = [name for name in names[card.run.method] if name not in ("weight_bits", "act_bits")]
-        method = ", ".join(filter(None, [METHODS[card.run.method].label, described(settings_of(card.run), others)]))
+        method = ", ".join(filter(None, [find_method(card.run.method).label, described(settings_of(card.run), others)]))
         q = card.quantization or {"weight_bits": FLOAT_BITS, "act_bits": None}
         kinds[folder] = (card.dataset, method, q["weight_bits"], q["act_bits"] or FLOAT_BITS)
     return kinds

@@ -17,7 +17,7 @@ from qtdog.data.splits import seed_hash
 from qtdog.environment import pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.log import Log
-from qtdog.methods.presets import METHODS
+from qtdog.methods.presets import find_method
 from qtdog.results.data_of_runs import DataOfRuns
 from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
 from qtdog.training.evaluation import domain_parts, mean_loss, sources
@@ -62,7 +62,7 @@ def members_label(card: ModelCard) -> str:
     if card.quantization is not None:
         inputs = card.quantization["act_bits"]
         bits = f" {card.quantization['weight_bits']}{f'/{inputs}' if inputs else ''} bit"
-    return f"{METHODS[card.run.method].label}{bits} trial {card.run.trial_seed}"
+    return f"{find_method(card.run.method).label}{bits} trial {card.run.trial_seed}"
 
 
 def probes(config: MeasureConfig, log: Log, plain: bool = True) -> Iterator[Probe]:

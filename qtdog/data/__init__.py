@@ -6,15 +6,28 @@ import torch
 
 from qtdog.data.benchmark_files import benchmark_files
 from qtdog.data.benchmarks import BENCHMARKS
-from qtdog.data.domains import Domain, DomainSet
+from qtdog.data.domains import Domain, DomainSet, TensorDomain
 from qtdog.data.folders import ImageFiles, folder_files
 from qtdog.data.images import ImageDomain, Preprocessing, plain_transform, training_transform
 from qtdog.data.manifests import manifest_files
 from qtdog.data.mnist import ANGLES, COLOR_FLIPS, colored_mnist, rotated_mnist
+from qtdog.errors import UserError
 
-__all__ = ["DIGITS", "Domain", "DomainSet", "Preprocessing", "domain_names", "image_files", "load_dataset"]
+__all__ = [
+    "DIGITS",
+    "Domain",
+    "DomainSet",
+    "Preprocessing",
+    "TensorDomain",
+    "domain_names",
+    "image_files",
+    "load_dataset",
+]
 
-DIGITS = {"RotatedMNIST": rotated_mnist, "ColoredMNIST": colored_mnist}
+# Data sets whose images are tensors that come as they are: from --data-dir to a DomainSet.
+DIGITS: dict[str, Callable[[str | None], DomainSet]] = {"RotatedMNIST": rotated_mnist, "ColoredMNIST": colored_mnist}
+# The ways in which pictures of one's own may lie.
+LAYOUTS = {"folder": folder_files, "csv": manifest_files}
 
 
 def load_dataset(
@@ -23,13 +36,17 @@ def load_dataset(
     """The data set `name`; `preprocessing` is for pictures, the MNIST sets come as they are."""
     if name in DIGITS:
         return DIGITS[name](data_dir)
+    found = image_files(name, data_dir, log)
     assert preprocessing is not None
-    return domain_set(image_files(name, data_dir, log), preprocessing)
+    return domain_set(found, preprocessing)
 
 
 def domain_names(name: str, data_dir: str | None) -> tuple[str, list[str]]:
     """The data set's title and the names of its domains, without opening an image."""
     known = {"RotatedMNIST": [str(angle) for angle in ANGLES], "ColoredMNIST": list(COLOR_FLIPS)}
+    if name in DIGITS and name not in known:  # a plug-in's
+        dataset = DIGITS[name](data_dir)
+        return dataset.name, [domain.name for domain in dataset.domains]
     known |= {title: list(benchmark.images) for title, benchmark in BENCHMARKS.items()}
     if name in known:
         return name, known[name]
@@ -41,7 +58,9 @@ def image_files(name: str, data_dir: str | None, log: Callable[[str], None] = pr
     """The files of a data set of pictures, checked but not opened."""
     if name in BENCHMARKS:
         return benchmark_files(name, data_dir, log)
-    return {"folder": folder_files, "csv": manifest_files}[name](data_dir, log)
+    if name not in LAYOUTS:
+        raise UserError(f"there is no data set {name} here: a plug-in may have it, see --plugin")
+    return LAYOUTS[name](data_dir, log)
 
 
 def domain_set(found: ImageFiles, preprocessing: Preprocessing) -> DomainSet:

@@ -29,6 +29,19 @@ class Domain(Protocol):
 
 
 @dataclass(frozen=True)
+class TensorDomain:
+    """A domain held in memory: pixels uint8 [N, C, H, W] in 0..255, labels int64 [N]."""
+
+    name: str
+    pixels: Tensor
+    labels: Tensor
+
+    def images(self, indices: Sequence[int], augment: bool) -> Tensor:
+        """Pixels scaled to [0, 1]; never augmented."""
+        return self.pixels[list(indices)].float().div_(255)
+
+
+@dataclass(frozen=True)
 class DomainSet:
     """A data set: `domains` in the order that `--test-envs` counts; `source` says where the images are from.
 

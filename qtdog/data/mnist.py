@@ -7,8 +7,6 @@ have trained on another member's test images. The domains equal those of DomainB
 
 import gzip
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +15,12 @@ import torchvision.transforms.functional as TF
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from qtdog.data.domains import DomainSet
+from qtdog.data.domains import DomainSet, TensorDomain
 from qtdog.errors import UserError
 
 ANGLES = (0, 15, 30, 45, 60, 75)
 COLOR_FLIPS = {"+90%": 0.1, "+80%": 0.2, "-90%": 0.9}
 LABEL_FLIP = 0.25
-
-
-@dataclass(frozen=True)
-class TensorDomain:
-    """A domain held in memory: pixels uint8 [N, C, H, W] in 0..255, labels int64 [N]."""
-
-    name: str
-    pixels: Tensor
-    labels: Tensor
-
-    def images(self, indices: Sequence[int], augment: bool) -> Tensor:
-        """Pixels scaled to [0, 1]; these sets are never augmented."""
-        return self.pixels[list(indices)].float().div_(255)
 
 
 def rotated_mnist(data_dir: str | None) -> DomainSet:

@@ -20,7 +20,7 @@ from qtdog.environment import describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.files import write_json, write_records
 from qtdog.log import PRINT, Log
-from qtdog.methods.presets import METHODS
+from qtdog.methods.presets import find_method
 from qtdog.results.data_of_runs import DataOfRuns
 from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
 from qtdog.results.variants import best_draws, common, described, distinguishing_settings, settings_of
@@ -111,7 +111,7 @@ def ensemble(
     card = members[0][1]
     run = card.run
     task = f"{card.dataset}, target domain {card.target}, trial {run.trial_seed}"
-    log(f"{METHODS[run.method].ensemble_label} of {len(members)} members on {task}")
+    log(f"{find_method(run.method).ensemble_label} of {len(members)} members on {task}")
     models = [load_model(path, device) for path, _ in members]
     packed = None
     if card.quantization is not None:

@@ -4,8 +4,9 @@ Numbers of a run, later ones before earlier ones: the rules' own, the data set's
 sets, for pictures, for this data set), the draw of `--hparams-seed`, and what the user gives.
 """
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from qtdog.config import INQ_FRACTIONS, Quantization, RunConfig, TrainConfig
@@ -169,15 +170,66 @@ def method_of(name: str) -> str:
     return ENSEMBLES[name][0] if name in ENSEMBLES else name
 
 
+PARTS: dict[str, Collection[str]] = {
+    "loss": LOSSES,
+    "step": STEPS,
+    "averaging": AVERAGING,
+    "quantizer": ("lsq", "inq", "none"),
+}
+_PART = re.compile(rf"\+(?=(?:{'|'.join(PARTS)})=)")  # begins a part in the name of a composition
+
+
+def composed(config: TrainConfig) -> str:
+    """The name of the method that a user asks for: a preset's, with the parts that stand instead of its own."""
+    preset = method_of(config.method)
+    parts = []
+    for part, known in PARTS.items():
+        value, own = getattr(config, part), getattr(METHODS[preset], part) or "none"
+        if value is not None and value not in known:
+            raise UserError(f"--{part} {value}: there are {', '.join(known)}")
+        if value not in (None, own):
+            parts.append(f"{part}={value}")
+    return "+".join([preset, *parts])
+
+
+def preset_name(name: str) -> str:
+    """The preset of a run's method, be it a composition or not."""
+    return _PART.split(name)[0]
+
+
+def find_method(name: str) -> Method:
+    """The method of a run, a preset or a composition of one's own.
+
+    Raises:
+        UserError: for a name that nothing has registered.
+    """
+    base, *parts = _PART.split(name)
+    if base not in METHODS:
+        raise UserError(f"there is no method {base}: it is another version's, or a plug-in's (see --plugin)")
+    if not parts:
+        return METHODS[base]
+    changes: dict[str, Any] = dict(part.split("=", 1) for part in parts)
+    label = ", ".join([METHODS[base].label, *(f"{part} {value}" for part, value in changes.items())])
+    if changes.get("quantizer") == "none":
+        changes["quantizer"] = None
+    return replace(METHODS[base], label=label, ensemble=None, **changes)
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """Sorts methods as METHODS has them, compositions behind what they are made of."""
+    base = preset_name(name)
+    return list(METHODS).index(base) if base in METHODS else len(METHODS), name
+
+
 def seeds_of(config: TrainConfig) -> list[int]:
     """The seeds to train: those given, else one for each member of an ensemble, else 0."""
     members = ENSEMBLES[config.method][1] if config.method in ENSEMBLES else 1
     return config.seeds or list(range(members))
 
 
-def preset_of(method: str, dataset: str) -> dict[str, Any]:
+def preset_of(name: str, dataset: str) -> dict[str, Any]:
     """All numbers that the presets have for a method on a data set, by the names of the flags."""
-    own = METHODS[method].numbers
+    own = find_method(name).numbers
     pictures = {} if dataset in DIGITS else own.get("pictures", {})
     defaults = {name: number.default for name, (_, number) in rule_numbers().items()}
     return {**defaults, **PROTOCOLS[dataset], **own.get("all", {}), **pictures, **own.get(dataset, {})}
@@ -185,18 +237,20 @@ def preset_of(method: str, dataset: str) -> dict[str, Any]:
 
 def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
     """The run of `config` that leaves out domain `test_env`, with the presets' numbers where the user gave none."""
-    name = method_of(config.method)
-    method, preset = METHODS[name], preset_of(name, config.dataset)
+    if config.dataset not in PROTOCOLS:
+        raise UserError(f"--dataset {config.dataset}: there are {', '.join(PROTOCOLS)}")
+    name = composed(config)
+    chosen, preset = find_method(name), preset_of(name, config.dataset)
     if config.hparams_seed > 0:
         drawn = random_hparams(config.dataset, config.hparams_seed, config.trial_seed)
         preset |= {**drawn, "scale_lr": preset["scale_lr"] * drawn["lr"] / preset["lr"]}  # the ratio to lr stays
     value = {name: preset[name] if (own := given(config, name)) is None else own for name in preset}
-    options = method.options()
-    refuse_meaningless(config, method)
+    options = chosen.options()
+    refuse_meaningless(config, chosen)
     quantization = None
-    if method.quantizer is not None:
+    if chosen.quantizer is not None:
         settings = {f.name: value[f.name] for f in fields(Quantization) if f.name != "quantizer"}
-        quantization = Quantization(**settings, quantizer=method.quantizer)
+        quantization = Quantization(**settings, quantizer=chosen.quantizer)
         if given(config, "average_start") is None:
             value["average_start"] = quantization.switch_step
     settled: dict[str, Any] = {f.name: value[f.name] for f in fields(RunConfig) if f.name in preset}
@@ -225,18 +279,20 @@ def given(config: TrainConfig, name: str) -> Any:
     return config.numbers.get(name) if name in rule_numbers() else getattr(config, name)
 
 
-def meaningless(config: TrainConfig, method: Method) -> list[str]:
+def meaningless(config: TrainConfig, chosen: Method) -> list[str]:
     """The settings given in `config` that belong to a rule that the method does not follow."""
-    used = {option for names in method.options().values() for option in names}
-    if method.quantizer is not None:
+    if unknown := config.numbers.keys() - rule_numbers().keys():
+        raise UserError(f"no rule has the number {', '.join(sorted(unknown))}")
+    used = {option for names in chosen.options().values() for option in names}
+    if chosen.quantizer is not None:
         used |= {f.name for f in fields(Quantization)}
     rules = [*rule_numbers(), *_QUANTIZATION, "scale_lr"]
     return [option for option in rules if option not in used and given(config, option) is not None]
 
 
-def refuse_meaningless(config: TrainConfig, method: Method) -> None:
+def refuse_meaningless(config: TrainConfig, chosen: Method) -> None:
     """Raises UserError for a setting of a rule that the method does not follow."""
-    for option in meaningless(config, method):
+    for option in meaningless(config, chosen):
         quantizes = option in {f.name for f in fields(Quantization)}
         reason = ", which does not quantize" if quantizes else ": leave it out"
         raise UserError(f"--{dashed(option)} has no meaning for method {config.method}{reason}")
@@ -271,16 +327,17 @@ def check(run: RunConfig) -> None:
         for name, none in _NOT_FOR_DIGITS.items():
             if getattr(run, name) != none:
                 raise UserError(f"--{dashed(name)} has no meaning for {run.backbone}: leave it out")
-    for rule in METHODS[run.method].rules().values():
+    for rule in find_method(run.method).rules().values():
         for name, number in numbers_of(rule).items():
             setting = {**run.loss, **run.step, **run.averaging}[name]
             if isinstance(setting, int | float) and not number.least <= setting <= number.most:
                 raise UserError(
                     f"--{dashed(name)} must lie between {number.least:g} and {number.most:g}, not {setting:g}"
                 )
-    least = LOSSES[METHODS[run.method].loss].least_batch
+    chosen = find_method(run.method)
+    least = LOSSES[chosen.loss].least_batch
     if run.batch_size < least:
-        raise UserError(f"--batch-size must be at least {least} for {METHODS[run.method].label}")
+        raise UserError(f"--batch-size must be at least {least} for {chosen.label}")
     if run.quantization is not None:
         check_quantization(run, run.quantization)
 

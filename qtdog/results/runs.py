@@ -28,6 +28,7 @@ from qtdog.data import Preprocessing
 from qtdog.errors import UserError
 from qtdog.files import write_json
 from qtdog.models import build_model
+from qtdog.plugins import require
 
 
 def seconds_of(records: Sequence[dict[str, Any]]) -> float:
@@ -92,9 +93,12 @@ def read_card(folder: Path) -> ModelCard:
     if not file.is_file():
         raise UserError(f"{folder} holds no model.json: not a finished run of `qtdog train`")
     try:
-        return ModelCard(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        card = ModelCard(**json.loads(file.read_text(encoding="utf-8")))
+        plugins = card.run.plugins
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is not a model card of this version of qtdog: {error}") from error
+    require(plugins, str(folder), unchanged=False)
+    return card
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -104,6 +108,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Mod
     """
     folder = Path(folder)
     card = read_card(folder)
+    require(card.run.plugins, str(folder), unchanged=True)
     model = build_model(card.backbone, len(card.classes), card.image_shape[0], image_size=card.image_shape[-1])
     if card.quantization is not None:
         qk.quantize_(model, qk.QConfig.from_dict(card.quantization))

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from qtdog.methods.presets import METHODS
+from qtdog.methods.presets import find_method, place_of
 from qtdog.results.runs import ModelCard
 from qtdog.results.statistics import Cell, average, mean_cell
 from qtdog.results.variants import best_draws, described, differing, distinguishing_settings, settings_of
@@ -84,7 +84,7 @@ class Row:
     @property
     def label(self) -> str:
         """`EoQ`, or `EoQ, weight-bits 4` where there are several."""
-        method = METHODS[self.method]
+        method = find_method(self.method)
         return ", ".join(filter(None, [method.ensemble_label if self.ensemble else method.label, self.variant]))
 
     def size(self) -> str:
@@ -144,10 +144,10 @@ def build_table(results: Sequence[Result], ensembles: Sequence[dict[str, Any]]) 
     return Table(card.dataset, card.domains, rows, notes)
 
 
-def in_order(key: Key) -> tuple[int, str]:
-    """Sorts variants by the order of METHODS."""
+def in_order(key: Key) -> tuple[int, str, str]:
+    """Sorts variants by the order of the methods."""
     method, variant = key
-    return list(METHODS).index(method), variant
+    return *place_of(method), variant
 
 
 def single_row(key: Key, selection: str, results: Sequence[Result]) -> Row:

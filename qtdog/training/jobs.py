@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from qtdog import distributed
+from qtdog import distributed, plugins
 from qtdog.config import Device, RunConfig, TrainConfig
 from qtdog.data import DIGITS, DomainSet, Preprocessing, load_dataset
 from qtdog.environment import cores, describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.log import Log
-from qtdog.methods.presets import METHODS, seeds_of, settle
+from qtdog.methods.presets import find_method, seeds_of, settle
 from qtdog.models import preprocessing
 from qtdog.results.runs import read_card, run_folder, seconds_of
 from qtdog.training.progress import Progress, clock
@@ -46,6 +46,9 @@ class Job:
 
     def train(self, shown: bool = True) -> None:
         """Train it in its prepared folder, with log and progress bar printed if `shown`."""
+        plugins.load_installed()  # for a process of its own
+        plugins.load(plugin.path for plugin in self.run.plugins)
+        plugins.require(self.run.plugins, str(self.folder), unchanged=True)
         with sole_owner(self.folder):
             prepared, dataset = self.data(shown)
             train(self.run, dataset, self.folder, prepared, pick_device(self.device), self.workers, shown, count)
@@ -65,7 +68,7 @@ class Job:
         card, run = read_card(self.folder), self.run
         took = clock(seconds_of(read_records(self.folder / "results.jsonl")))
         return (
-            f"{METHODS[run.method].label}, target domain {card.target}, trial {run.trial_seed}, seed {run.seed}: "
+            f"{find_method(run.method).label}, target domain {card.target}, trial {run.trial_seed}, seed {run.seed}: "
             f"source out {card.source_validation_accuracy:.4f}  target in {card.target_accuracy:.4f}  {took}"
         )
 
@@ -115,7 +118,7 @@ def plan(config: TrainConfig) -> list[Job]:
         raise UserError(f"--seeds must be different numbers, not {seeds}")
     check_jobs(config.jobs)
     for seed in seeds:
-        template = settle(config, test_env=0, seed=seed)
+        template = plugins.remembered(settle(config, test_env=0, seed=seed))
     if template.batch_size % distributed.world_size():
         raise UserError(
             f"--batch-size {template.batch_size} cannot be divided among {distributed.world_size()} processes"

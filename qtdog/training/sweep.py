@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from qtdog import plugins
 from qtdog.config import SweepConfig, TrainConfig
 from qtdog.data import DIGITS, domain_names
 from qtdog.distributed import world_size
@@ -21,7 +22,7 @@ from qtdog.environment import pick_workers
 from qtdog.errors import UserError
 from qtdog.files import write_text
 from qtdog.log import Log
-from qtdog.methods.presets import METHODS, dashed, meaningless, method_of, rule_numbers, seeds_of, settle
+from qtdog.methods.presets import composed, dashed, find_method, meaningless, rule_numbers, seeds_of, settle
 from qtdog.results.runs import read_card
 from qtdog.training.jobs import Job, check_jobs, parse_targets, run_each, sole_owner
 from qtdog.training.trainer import prepare_folder
@@ -100,9 +101,11 @@ def jobs_of(config: SweepConfig) -> list[SweepJob]:
         for train_config in train_configs(replace(config, dataset=dataset)):
             for env in parse_targets(config.test_envs, title, domains):
                 for seed in range(config.members) if config.members else seeds_of(train_config):
-                    run = settle(train_config, env, seed)
+                    run = plugins.remembered(settle(train_config, env, seed))
                     arguments = {**run.to_dict(), "dataset": title}
                     del arguments["data_dir"]  # the same run wherever the data lies
+                    if run.plugins:  # and the plug-ins
+                        arguments["plugins"] = [plugin.sha256 for plugin in run.plugins]
                     key = hashlib.md5(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
                     folder = Path(config.output_dir) / key
                     jobs[key] = SweepJob(run, folder, config.device, workers, title, domains[env])
@@ -115,7 +118,9 @@ def train_configs(config: SweepConfig) -> Iterator[TrainConfig]:
     A setting that some of the methods do not know is for the others only; one that none of them knows is an error.
     """
     shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    unused = {name: set(meaningless(config, METHODS[method_of(name)])) for name in config.methods}
+    unused = {
+        name: set(meaningless(config, find_method(composed(replace(config, method=name))))) for name in config.methods
+    }
     for_none = set.intersection(*unused.values())
     for method, options in unused.items():
         unknown = options - for_none

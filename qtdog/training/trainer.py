@@ -30,7 +30,7 @@ from qtdog.files import read_records, write_records, write_text
 from qtdog.log import Log
 from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.averaging import AVERAGING, holding
-from qtdog.methods.presets import METHODS, changed_from_preset
+from qtdog.methods.presets import changed_from_preset, find_method
 from qtdog.methods.steps import STEPS
 from qtdog.models import build_model, train_mode
 from qtdog.results.runs import ModelCard, save_model
@@ -94,7 +94,7 @@ def scale_sizes(model: nn.Module) -> list[tuple[str, float, float, float]]:
 
 def facts(run: RunConfig, source: str, environment: dict[str, str]) -> list[str]:
     """On which data, with which presets and versions: lines that the runs of one command have mostly in common."""
-    method, quantization = METHODS[run.method], run.quantization
+    method, quantization = find_method(run.method), run.quantization
     described = "float"
     if quantization:
         inputs = f", inputs {quantization.act_bits} bit" if quantization.act_bits else ""
@@ -161,7 +161,7 @@ class Trainer:
         self, run: RunConfig, dataset: DomainSet, folder: Path, device: torch.device, workers: int, shown: bool
     ) -> None:
         self.run, self.dataset, self.folder, self.device, self.workers = run, dataset, folder, device, workers
-        self.method = METHODS[run.method]
+        self.method = find_method(run.method)
         self.target = dataset.domains[run.test_env].name
         self.sources = sources(run, dataset)
         self.environment = describe_environment(device)
