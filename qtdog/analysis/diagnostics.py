@@ -3,11 +3,11 @@
 import csv
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import matplotlib
 from matplotlib.cm import ScalarMappable
@@ -16,7 +16,6 @@ from matplotlib.ticker import MaxNLocator
 
 from qtdog.analysis.pictures import save_picture
 from qtdog.analysis.probe import run_label
-from qtdog.config import DiagnosticsConfig
 from qtdog.files import csv_text, read_records
 from qtdog.log import Log
 from qtdog.methods.presets import find_method
@@ -29,6 +28,15 @@ LEGEND = 12  # lines of a panel that a legend can name
 
 Kind = tuple[str, str, int, int]  # data set, method, bits of a weight, of an input
 Rows = list[list[Any]]  # of one run: step, scale, the number that is plotted, and others
+
+
+@dataclass
+class DiagnosticsConfig:
+    """Settings of `qtdog diagnostics`."""
+
+    runs: Annotated[list[str], "run folders, or folders that hold them"] = field(default_factory=list)
+    output_dir: Annotated[str, "where plots and numbers go"] = "diagnostics"
+    format: Annotated[Literal["png", "svg", "pdf"], "of the plots"] = "png"
 
 
 def diagnose(config: DiagnosticsConfig) -> list[Path]:

@@ -8,9 +8,10 @@ perturbed.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib
 import torch
@@ -19,9 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qtdog.analysis.pictures import picture_path, save_picture
-from qtdog.analysis.probe import Probe, gaussian, movable, norm, probes
+from qtdog.analysis.probe import MeasureConfig, Probe, gaussian, movable, norm, probes
 from qtdog.analysis.resumable import Partial, Recall, measured_anew
-from qtdog.config import FlatnessConfig
 from qtdog.errors import UserError
 from qtdog.files import csv_text
 from qtdog.log import PRINT, Log
@@ -89,6 +89,17 @@ class Curve:
     radii: list[float]
     mean: list[float]
     stderr: list[float]
+
+
+@dataclass
+class FlatnessConfig(MeasureConfig):
+    """Settings of `qtdog flatness`."""
+
+    output: Annotated[str, "the plot (.png, .svg or .pdf); the numbers go beside it as .csv"] = "flatness.png"
+    radii: Annotated[list[float], "distances gamma from the trained weights"] = field(
+        default_factory=lambda: [float(r) for r in range(0, 61, 5)]
+    )
+    directions: Annotated[int, "random directions"] = 100
 
 
 def measure(probe: Probe, config: FlatnessConfig, recall: Recall) -> list[Curve]:

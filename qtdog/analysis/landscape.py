@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -19,9 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qtdog.analysis.pictures import picture_path, save_picture
-from qtdog.analysis.probe import Probe, gaussian, movable, probes
+from qtdog.analysis.probe import MeasureConfig, Probe, gaussian, movable, probes
 from qtdog.analysis.resumable import Partial, Recall, measured_anew
-from qtdog.config import LandscapeConfig
 from qtdog.errors import UserError
 from qtdog.files import csv_text
 from qtdog.log import Log
@@ -78,6 +78,18 @@ class Surface:
     target: str
     side: str
     losses: Tensor
+
+
+@dataclass
+class LandscapeConfig(MeasureConfig):
+    """Settings of `qtdog landscape`."""
+
+    output: Annotated[str, "the plot (.png, .svg or .pdf); the numbers go beside it as .csv"] = "landscape.png"
+    grid: Annotated[int, "points a side, odd; the loss is measured at the square of it"] = 21
+    span: Annotated[float, "distance of the sides from the trained weights, in norms of each filter"] = 1.0
+    quantize_each: Annotated[
+        bool, "move the latent weights and quantize them anew at each point (default: move the dequantized weights)"
+    ] = False
 
 
 def measure(probe: Probe, config: LandscapeConfig, axis: Sequence[float], recall: Recall) -> list[Surface]:

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 import qkernels as qk
-from qtdog.config import MeasureConfig
+from qtdog.config import Device
 from qtdog.data import DomainSet
 from qtdog.data.loaders import EvaluationImages, Part, fits_in_memory
 from qtdog.data.splits import seed_hash
@@ -63,6 +64,21 @@ def members_label(card: ModelCard) -> str:
         inputs = card.quantization["act_bits"]
         bits = f" {card.quantization['weight_bits']}{f'/{inputs}' if inputs else ''} bit"
     return f"{find_method(card.run.method).label}{bits} trial {card.run.trial_seed}"
+
+
+@dataclass
+class MeasureConfig:
+    """What the commands that measure the loss around trained weights have in common."""
+
+    runs: Annotated[list[str], "run folders, or folders that hold them; runs of one target domain are compared"] = (
+        field(default_factory=list)
+    )
+    output: Annotated[str, "the plot (.png, .svg or .pdf); the numbers go beside it as .csv"] = ""
+    max_images: Annotated[int | None, "images of each domain that the loss is measured on (None: all)"] = None
+    seed: Annotated[int, "of the random directions, the same for all runs of one architecture"] = 0
+    data_dir: Annotated[str | None, "root of the data, if it has moved since training"] = None
+    device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
+    num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None
 
 
 def probes(config: MeasureConfig, log: Log, plain: bool = True) -> Iterator[Probe]:

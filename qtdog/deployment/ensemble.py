@@ -5,14 +5,15 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qtdog.config import EnsembleConfig
+from qtdog.config import Device
 from qtdog.data import DomainSet
 from qtdog.data.loaders import EvaluationImages
 from qtdog.deployment.packed import calibration_batches, pack_members
@@ -27,6 +28,28 @@ from qtdog.results.variants import best_draws, common, described, distinguishing
 from qtdog.training.evaluation import domain_parts, member_accuracies, sources
 
 Member = tuple[Path, ModelCard]
+
+
+@dataclass
+class EnsembleConfig:
+    """Settings of `qtdog ensemble`."""
+
+    runs: Annotated[list[str], "run folders, or folders that hold them at any depth"] = field(default_factory=list)
+    combine: Annotated[Literal["logits", "probs"], "average the members' logits (EoQ) or their probabilities"] = (
+        "logits"
+    )
+    integer: Annotated[
+        Literal["none", "mse", "percentile", "max"],
+        "8-bit activations in the packed file, with scales found on training images by this rule; the change in "
+        "accuracy is printed",
+    ] = "none"
+    calibration_images: Annotated[int, "training images that find them"] = 512
+    output_dir: Annotated[
+        str | None, "where to write (default: trial<t>_ensemble beside the members; of a sweep, its folder `ensembles`)"
+    ] = None
+    data_dir: Annotated[str | None, "root of the data, if it has moved since training"] = None
+    device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
+    num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None
 
 
 def make_ensembles(config: EnsembleConfig, log: Log = PRINT) -> list[Path]:

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import qkernels as qk
-from qtdog.config import EvalConfig, PredictConfig
+from qtdog.config import Device
 from qtdog.data import DomainSet, Preprocessing, load_dataset
 from qtdog.data.images import plain_transform, read_image
 from qtdog.data.loaders import EvaluationImages, Part
@@ -94,6 +95,17 @@ def parts_to_judge(info: dict[str, Any], dataset: DomainSet) -> list[tuple[Part,
     return judged
 
 
+@dataclass
+class EvalConfig:
+    """Settings of `qtdog eval`."""
+
+    file: Annotated[str, "packed ensemble: the folder `packed` that `qtdog ensemble` wrote"] = ""
+    data_dir: Annotated[str | None, "root of the data, as for `qtdog train`"] = None
+    dataset: Annotated[str | None, "which data (default: the one it was trained on)"] = None
+    device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
+    num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None
+
+
 def evaluate_file(config: EvalConfig) -> dict[str, float]:
     """Print the accuracy of a packed ensemble on each domain of a data set; returns it by domain, in 0..1."""
     log = Log()
@@ -137,6 +149,17 @@ def digit_transform(image_shape: Sequence[int]) -> Callable[[Image.Image], Tenso
         return torch.from_numpy(np.asarray(gray, np.float32) / 255)[None]
 
     return transform
+
+
+@dataclass
+class PredictConfig:
+    """Settings of `qtdog predict`."""
+
+    file: Annotated[str, "packed ensemble: the folder `packed` that `qtdog ensemble` wrote"] = ""
+    images: Annotated[list[str], "picture files"] = field(default_factory=list)
+    top: Annotated[int, "how many classes to print"] = 3
+    json: Annotated[bool, "print one JSON object an image"] = False
+    device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """`qtdog collect`: the tables of everything under a folder, printed and written in every form."""
 
 import datetime
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from qtdog.config import CollectConfig
 from qtdog.errors import UserError
 from qtdog.files import read_records, write_json, write_text
 from qtdog.log import PRINT, Log
@@ -15,6 +16,15 @@ from qtdog.results.tables import Result, as_json, averages, build_table
 def read_result(folder: Path) -> Result:
     """A finished run's card and last record."""
     return Result(folder, read_card(folder), max(read_records(folder / "results.jsonl"), key=lambda r: r["step"]))
+
+
+@dataclass
+class CollectConfig:
+    """Settings of `qtdog collect`."""
+
+    folder: Annotated[str, "folder that holds runs and ensembles at any depth"] = "runs"
+    output_dir: Annotated[str | None, "where table.txt, .md, .tex, .csv and .json go (default: the folder)"] = None
+    digits: Annotated[int, "decimals of a percent"] = 1
 
 
 def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:

@@ -9,29 +9,39 @@ from typing import Any
 
 import torch
 
-from qtdog.config import SweepConfig
 from qtdog.errors import UserError
 from qtdog.training.jobs import Job
 
 
 def run_each_on_ray(
-    jobs: Sequence[Job], task: Callable[[Job, bool], None], config: SweepConfig
+    jobs: Sequence[Job],
+    task: Callable[[Job, bool], None],
+    *,
+    address: str | None,
+    cpus: float,
+    gpus: float,
+    retries: int,
 ) -> Iterator[tuple[Job, BaseException | None]]:
     """Do `task(job, progress)` for each job on the cluster and yield it with its error, if any, as they end.
+
+    Args:
+        address: of the cluster; None: RAY_ADDRESS, else this machine.
+        cpus, gpus: what a job takes of them.
+        retries: how often a job is started again after its worker was killed.
 
     Raises:
         UserError: where Ray is not installed, or the cluster has no place for a single job.
     """
     ray = imported()
     if not ray.is_initialized():
-        ray.init(address=config.ray_address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False)
     there = ray.cluster_resources()
-    for name, wanted in (("CPU", config.cpus_per_job), ("GPU", config.gpus_per_job)):
+    for name, wanted in (("CPU", cpus), ("GPU", gpus)):
         if wanted > there.get(name, 0):
             raise UserError(f"a job wants {wanted:g} {name}, the Ray cluster has {there.get(name, 0):g}")
-    threads = max(1, int(config.cpus_per_job))
+    threads = max(1, int(cpus))
 
-    @ray.remote(num_cpus=config.cpus_per_job, num_gpus=config.gpus_per_job, max_retries=config.retries)
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)
     def on_worker(job: Job) -> None:
         torch.set_num_threads(threads)
         task(job, False)
@@ -45,7 +55,7 @@ def run_each_on_ray(
         except ray.exceptions.RayTaskError as error:
             yield job, error.cause or error
         except ray.exceptions.RayError as error:
-            yield job, UserError(f"its worker died {config.retries + 1} times: {str(error).splitlines()[0]}")
+            yield job, UserError(f"its worker died {retries + 1} times: {str(error).splitlines()[0]}")
         else:
             yield job, None
 

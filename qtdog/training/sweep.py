@@ -9,13 +9,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 from tqdm import tqdm
 
 from qtdog import plugins
-from qtdog.config import SweepConfig, TrainConfig
+from qtdog.config import TrainConfig
 from qtdog.data import DIGITS, domain_names
 from qtdog.distributed import world_size
 from qtdog.environment import pick_workers
@@ -43,6 +44,26 @@ class SweepJob(Job):
             f"{self.dataset} {run.method}, target {self.target}, trial {run.trial_seed}, hparams {run.hparams_seed}, "
             f"seed {run.seed}"
         )
+
+
+@dataclass
+class SweepConfig(TrainConfig):
+    """Settings of `qtdog sweep`: what to sweep over, and how each run is trained."""
+
+    datasets: Annotated[list[str], "data sets, all under --data-dir"] = field(default_factory=lambda: ["RotatedMNIST"])
+    methods: Annotated[list[str], "methods; a setting that one does not know is for the others"] = field(
+        default_factory=lambda: ["erm", "qtdog"]
+    )
+    n_trials: Annotated[int, "trials 0 to n - 1, each with another split"] = 3
+    n_hparams: Annotated[int, "sets of hyper-parameters: the presets', then n - 1 random ones (DomainBed's spaces)"] = 1
+    members: Annotated[int | None, "seeds 0 to n - 1 of every run (default: 1; eoq 5, eoa 6)"] = None
+    output_dir: Annotated[str, "every run gets a folder in it, named by a hash of its settings"] = "sweep"
+    show: Annotated[bool, "train nothing: list what is done, running, interrupted, failed and missing"] = False
+    engine: Annotated[Literal["local", "ray"], "processes of this machine (--jobs), or a Ray cluster"] = "local"
+    ray_address: Annotated[str | None, "of a running Ray cluster (default: RAY_ADDRESS, else this machine)"] = None
+    cpus_per_job: Annotated[float, "CPU cores of a run on Ray"] = 1
+    gpus_per_job: Annotated[float, "GPUs of a run on Ray; .5 trains two runs on each"] = 0
+    retries: Annotated[int, "how often Ray starts a run again, from its checkpoint, after its worker was killed"] = 3
 
 
 def sweep(config: SweepConfig) -> None:
@@ -137,7 +158,14 @@ def engine(config: SweepConfig, jobs: Sequence[SweepJob]) -> Iterator[tuple[Job,
         return run_each(jobs, config.jobs, carry_on)
     from qtdog.training.ray_engine import run_each_on_ray
 
-    return run_each_on_ray(jobs, carry_on, config)
+    return run_each_on_ray(
+        jobs,
+        carry_on,
+        address=config.ray_address,
+        cpus=config.cpus_per_job,
+        gpus=config.gpus_per_job,
+        retries=config.retries,
+    )
 
 
 def carry_on(job: Job, progress: bool) -> None:

@@ -45,6 +45,15 @@ def pictures(tmp_path_factory):
     return make_pictures(tmp_path_factory.mktemp("pictures") / "tints")
 
 
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray = pytest.importorskip("ray", reason="Ray is optional: pip install 'qtdog[ray]'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def trained(digits_dir, tmp_path_factory):
     """Output folder with ERM (seed 0) and QT-DoG (seeds 0 and 1), trained by the command line on the tiny digits."""

@@ -9,7 +9,7 @@ import pytest
 
 from qtdog import demo
 from qtdog.cli import main
-from qtdog.config import DemoConfig
+from qtdog.demo import DemoConfig
 from qtdog.errors import UserError
 from qtdog.results.runs import read_card
 from qtdog.training.jobs import carry_out

@@ -45,14 +45,13 @@ def test_a_loss_step_rule_method_data_set_and_backbone_through_all_commands(
         ["collect", str(runs)],
         ["flatness", str(folder), "--radii", "0", "1", "--directions", "2"],
         ["curvature", str(folder), "--vectors", "2", "--iterations", "2"],
+        ["data", "verify", "--dataset", "Bars"],
         ["eval", str(runs / "Bars" / run.method / "40" / "trial0_ensemble" / "packed")],
     ):
-        reads_the_run = command[0] != "eval"  # a packed file needs no plug-in, its images do
+        reads_the_run = command[0] not in ("data", "eval")  # a packed file needs no plug-in, its images do
         assert main(command) == 2
         error = capsys.readouterr().err
-        assert (f"give --plugin {Path(plugin).resolve()}" if reads_the_run else "no data set Bars here") in error, (
-            command
-        )
+        assert (f"give --plugin {Path(plugin).resolve()}" if reads_the_run else "Bars") in error, command
         assert main([*command, "--plugin", str(plugin)]) == 0
         forget()
     rows = list(csv.DictReader((runs / "table.csv").open()))
@@ -72,9 +71,9 @@ def test_what_the_docs_show_is_one_file(plugin, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_sweep_in_processes_of_its_own(plugin, forget, tmp_path, engine, capsys):
+def test_a_sweep_in_processes_of_its_own(plugin, forget, tmp_path, engine, capsys, request):
     if engine == "ray":
-        pytest.importorskip("ray", reason="Ray is optional: pip install 'qtdog[ray]'")
+        request.getfixturevalue("ray_cluster")
     command = ["sweep", "--plugin", str(plugin), "--output-dir", str(tmp_path / "sweep"), *QUICK, "--switch-step", "1"]
     command += ["--datasets", "Bars", "--methods", "erm", "vrex+qtdog", "--n-trials", "1", "--test-envs", "0"]
     assert main([*command, "--engine", engine, "--jobs", "2"]) == 0

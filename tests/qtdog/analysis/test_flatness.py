@@ -7,8 +7,8 @@ from torch import nn
 
 import qkernels as qk
 from qtdog.analysis import flatness
+from qtdog.analysis.flatness import FlatnessConfig
 from qtdog.cli import main
-from qtdog.config import FlatnessConfig
 from qtdog.data import load_dataset
 from qtdog.data.splits import split
 from qtdog.errors import UserError

@@ -8,8 +8,8 @@ import torch
 
 import qkernels as qk
 from qtdog.analysis import landscape, probe
+from qtdog.analysis.landscape import LandscapeConfig
 from qtdog.cli import main
-from qtdog.config import LandscapeConfig
 from qtdog.log import Log
 from qtdog.models import build_model
 from qtdog.results.runs import ModelCard, save_model

@@ -6,8 +6,8 @@ from torch import nn
 
 import qkernels as qk
 from qtdog.analysis import probe
+from qtdog.analysis.flatness import FlatnessConfig
 from qtdog.analysis.resumable import Partial
-from qtdog.config import FlatnessConfig
 from qtdog.errors import UserError
 from qtdog.log import Log
 

@@ -7,10 +7,10 @@ import torch
 
 import qkernels as qk
 from qtdog.cli import main
-from qtdog.config import EnsembleConfig
 from qtdog.data import load_dataset
 from qtdog.data.splits import split
 from qtdog.deployment import ensemble
+from qtdog.deployment.ensemble import EnsembleConfig
 from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.results.runs import load_model

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from qtdog.cli import main
-from qtdog.config import CollectConfig
 from qtdog.errors import UserError
 from qtdog.results import collect, table_formats, tables
+from qtdog.results.collect import CollectConfig
 from qtdog.results.runs import find_runs, read_card
 from qtdog.results.statistics import Cell
 from tiny import DIGITS

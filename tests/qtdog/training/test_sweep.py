@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from qtdog.cli import main
-from qtdog.config import SweepConfig, TrainConfig
+from qtdog.config import TrainConfig
 from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.methods.hparams import random_hparams
 from qtdog.methods.presets import settle
 from qtdog.training import jobs, sweep
+from qtdog.training.sweep import SweepConfig
 
 TINY = ["--batch-size", "2", "--device", "cpu", "--steps", "3", "--checkpoint-freq", "1", "--eval-train-images", "4"]
 
@@ -183,15 +184,6 @@ def processes_that_hold(file):
                     yield int(process.name)
             except OSError:
                 continue  # it has ended, or is not ours
-
-
-@pytest.fixture
-def ray_cluster(monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray = pytest.importorskip("ray", reason="Ray is optional: pip install 'qtdog[ray]'")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
 
 
 @pytest.mark.slow
