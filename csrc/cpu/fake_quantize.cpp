@@ -4,8 +4,8 @@
 // offset taken in the same pass. A single tensor is a list of one.
 
 #include "../numerics.h"
-#include "elements.h"
 #include "huge_pages.h"
+#include "vectorized.h"
 #include "work.h"
 
 #include <torch/csrc/stable/library.h>
@@ -182,17 +182,6 @@ std::vector<Sums> backward(const std::vector<Job>& jobs) {
   return sums;
 }
 
-// Calls f(element of `dtype`) with a value whose type says which.
-template <class F>
-auto with_element(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Float16{});
-    default: STD_TORCH_CHECK(false, "qkernels: elements must be float32, bfloat16 or float16");
-  }
-}
-
 const float* scale_data(const char* name, const Tensor& t, const Walk& walk) {
   STD_TORCH_CHECK(
       t.numel() == walk.e.channels && t.scalar_type() == ScalarType::Float, "qkernels: ", name, " does not fit x");
@@ -210,16 +199,15 @@ Job make_job(
 }
 
 void run_forward(const std::vector<Job>& jobs, ScalarType x_dtype, ScalarType y_dtype) {
-  with_element(x_dtype, [&](auto x) {
-    with_element(y_dtype, [&](auto y) { forward<decltype(x), decltype(y)>(jobs); });
+  with_type(x_dtype, [&]<class X>(Type<X>) {
+    with_type(y_dtype, [&]<class Y>(Type<Y>) { forward<X, Y>(jobs); });
   });
 }
 
 std::vector<Sums> run_backward(const std::vector<Job>& jobs, ScalarType x_dtype, ScalarType grad_dtype, bool aten_edge) {
-  return with_element(x_dtype, [&](auto x) {
-    return with_element(grad_dtype, [&](auto grad) {
-      return aten_edge ? backward<true, decltype(x), decltype(grad)>(jobs)
-                       : backward<false, decltype(x), decltype(grad)>(jobs);
+  return with_type(x_dtype, [&]<class X>(Type<X>) {
+    return with_type(grad_dtype, [&]<class G>(Type<G>) {
+      return aten_edge ? backward<true, X, G>(jobs) : backward<false, X, G>(jobs);
     });
   });
 }

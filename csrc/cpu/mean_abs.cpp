@@ -1,6 +1,6 @@
 // mean_abs for CPU tensors: one read of x.
 
-#include "elements.h"
+#include "vectorized.h"
 #include "work.h"
 
 #include <torch/csrc/stable/library.h>
@@ -46,22 +46,14 @@ Partials abs_sums(const Tensor& t, const Walk& walk) {
   return sums;
 }
 
-Partials abs_sums(const Tensor& x, const Walk& walk) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return abs_sums<float>(x, walk);
-    case ScalarType::BFloat16: return abs_sums<BFloat16>(x, walk);
-    case ScalarType::Half: return abs_sums<Float16>(x, walk);
-    default: STD_TORCH_CHECK(false, "qkernels: elements must be float32, bfloat16 or float16");
-  }
-}
-
 Tensor mean_abs(Tensor x, std::optional<int64_t> axis) {
   x = dense(x);
   const Walk walk(extents(x, axis));
   const int64_t count = walk.e.outer * walk.e.inner;
   Tensor out = axis ? empty_vector(walk.e.channels, ScalarType::Float, x)
                     : empty_strided({}, {}, ScalarType::Float, x);
-  abs_sums(x, walk).fold(1.0 / static_cast<double>(count > 0 ? count : 1), static_cast<float*>(out.data_ptr()));
+  const Partials sums = with_type(x.scalar_type(), [&]<class X>(Type<X>) { return abs_sums<X>(x, walk); });
+  sums.fold(1.0 / static_cast<double>(count > 0 ? count : 1), static_cast<float*>(out.data_ptr()));
   return out;
 }
 

@@ -6,9 +6,9 @@
 //
 // Scratch of a thread: C_out * taps weights.
 
-#include "elements.h"
 #include "packed_conv2d.h"
 #include "packed_weights.h"
+#include "vectorized.h"
 
 #include <torch/csrc/stable/ops.h>
 

@@ -3,7 +3,7 @@
 #include "packed_epilogue.h"
 
 #include "../numerics.h"
-#include "elements.h"
+#include "vectorized.h"
 
 #include <torch/headeronly/util/Exception.h>
 

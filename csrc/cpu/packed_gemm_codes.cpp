@@ -7,11 +7,11 @@
 // AVX2 multiplies 32 pairs and adds two neighbors each in 16 bits, which is exact for weights of up to 7 bits; another
 // instruction adds two neighbors of those in 32 bits. Weights of fewer bits leave room in the 16 for several steps.
 
-#include "elements.h"
 #include "packed_fill_avx2.h"
 #include "packed_fill_avx512.h"
 #include "packed_gemm.h"
 #include "packed_tile_avx2.h"
+#include "vectorized.h"
 
 namespace qkernels {
 namespace {

@@ -2,11 +2,11 @@
 //
 // AVX-512 multiplies and adds 16 pairs an instruction, AVX2 8; tiles are those of the integer kernels.
 
-#include "elements.h"
 #include "packed_fill_avx2.h"
 #include "packed_fill_avx512.h"
 #include "packed_gemm.h"
 #include "packed_tile_avx2.h"
+#include "vectorized.h"
 
 namespace qkernels {
 namespace {

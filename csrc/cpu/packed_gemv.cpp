@@ -3,9 +3,9 @@
 //
 // Scratch of a thread: 16 * in codes.
 
-#include "elements.h"
 #include "packed_arguments.h"
 #include "packed_weights.h"
+#include "vectorized.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,8 +1,8 @@
 // The copy of a convolution's input that its kernels read: every element once, plus the padding.
 
-#include "elements.h"
 #include "huge_pages.h"
 #include "packed_conv2d.h"
+#include "vectorized.h"
 #include "work.h"
 
 #include <type_traits>
@@ -84,11 +84,9 @@ Image<uint8_t> image_of_codes(const Tensor& x, const Sizes& sizes, int64_t step)
 }
 
 Image<float> image_of_floats(const Tensor& x, const Sizes& sizes, int64_t step) {
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return image_of<BFloat16, float>(x, sizes, step, 0.0f, ScalarType::Float);
-    case ScalarType::Half: return image_of<Float16, float>(x, sizes, step, 0.0f, ScalarType::Float);
-    default: return image_of<float, float>(x, sizes, step, 0.0f, ScalarType::Float);
-  }
+  return with_type(x.scalar_type(), [&]<class X>(Type<X>) {
+    return image_of<X, float>(x, sizes, step, 0.0f, ScalarType::Float);
+  });
 }
 
 }  // namespace qkernels

@@ -3,8 +3,8 @@
 // Bytes a code, each moved once: pack reads 1 and writes bits / 8, unpack the reverse; quantize reads an element and
 // writes 1; dequantize_packed reads bits / 8 and writes an element.
 
-#include "elements.h"
 #include "packed_weights.h"
+#include "vectorized.h"
 #include "work.h"
 
 #include <torch/csrc/stable/library.h>
@@ -78,7 +78,7 @@ Tensor unpack(Tensor packed, int64_t bits, int64_t count, bool is_signed) {
   std::vector<int64_t> sizes(packed.sizes().begin(), packed.sizes().end()), strides(sizes.size(), 1);
   sizes.back() = count;
   for (int64_t d = packed.dim() - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(1, sizes[d + 1]);
-  Tensor codes = empty_strided(sizes, strides, is_signed ? ScalarType::Char : ScalarType::Byte, packed);
+  Tensor codes = empty_strided(sizes, strides, code_dtype(is_signed), packed);
   const uint8_t* in = static_cast<const uint8_t*>(packed.data_ptr());
   uint8_t* out = static_cast<uint8_t*>(codes.data_ptr());
   const int64_t row_bytes = packed_bytes(count, bits), rows = row_bytes ? packed.numel() / row_bytes : 0;
@@ -112,17 +112,6 @@ void dequantize_rows(const uint8_t* packed, const float* scale, int64_t members,
   });
 }
 
-// Calls f(element of `dtype`) with a value whose type says which.
-template <class F>
-void with_element(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Float16{});
-    default: STD_TORCH_CHECK(false, "qkernels: elements must be float32, bfloat16 or float16");
-  }
-}
-
 Tensor dequantize_packed(Tensor packed, Tensor scale, int64_t bits, int64_t count, ScalarType out_dtype) {
   check_packed(packed, bits, count);
   STD_TORCH_CHECK(
@@ -135,10 +124,10 @@ Tensor dequantize_packed(Tensor packed, Tensor scale, int64_t bits, int64_t coun
   const int64_t sizes[] = {members, channels, depth};
   const int64_t row = std::max<int64_t>(1, depth), strides[] = {channels * row, row, 1};
   Tensor y = empty_strided({sizes, 3}, {strides, 3}, out_dtype, packed);
-  with_element(out_dtype, [&](auto element) {
+  with_type(out_dtype, [&]<class Y>(Type<Y>) {
     dequantize_rows(
         static_cast<const uint8_t*>(packed.data_ptr()), static_cast<const float*>(scale.data_ptr()), members,
-        channels, bits, count, static_cast<decltype(element)*>(y.data_ptr()));
+        channels, bits, count, static_cast<Y*>(y.data_ptr()));
   });
   return y;
 }
@@ -168,7 +157,7 @@ Tensor quantize(Tensor x, Tensor scale, int64_t qmin, int64_t qmax, std::optiona
   const Walk walk(extents(x, axis));
   STD_TORCH_CHECK(
       scale.scalar_type() == ScalarType::Float && scale.numel() == walk.e.channels, "qkernels: scale does not fit x");
-  Tensor codes = empty_as(x, qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  Tensor codes = empty_as(x, code_dtype(qmin < 0));
   uint8_t* out = static_cast<uint8_t*>(codes.data_ptr());
   const float low = static_cast<float>(qmin), high = static_cast<float>(qmax), of_nan = clamp(0.0f, low, high);
   const float* given = static_cast<const float*>(scale.data_ptr());
@@ -176,8 +165,8 @@ Tensor quantize(Tensor x, Tensor scale, int64_t qmin, int64_t qmax, std::optiona
   for (int64_t i = 0; !walk.by_rows && i < walk.columns(); ++i)
     column_scales.push_back(valid_scale(given[i / walk.e.inner]));
   const std::vector<Block> blocks = cut({walk});
-  with_element(x.scalar_type(), [&](auto element) {
-    const auto* in = static_cast<const decltype(element)*>(x.data_ptr());
+  with_type(x.scalar_type(), [&]<class X>(Type<X>) {
+    const X* in = static_cast<const X*>(x.data_ptr());
     run_blocks(blocks, [&](int64_t i) {
       for (int64_t unit = blocks[i].first_unit; unit < blocks[i].last_unit; ++unit) {
         const int64_t begin = walk.begin(unit), n = walk.length(unit);

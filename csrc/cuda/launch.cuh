@@ -7,7 +7,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <utility>
 
+#include "../elements.h"
 #include "../tensor_layout.h"
 #include "vector_access.cuh"
 
@@ -56,20 +58,10 @@ class Context {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
 // Calls f with the element type of a dtype, as Type<T>.
 template <typename F>
 void with_type(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(Type<float>{});
-    case ScalarType::BFloat16: return f(Type<bf16>{});
-    case ScalarType::Half: return f(Type<fp16>{});
-    default: STD_TORCH_CHECK(false, "internal: a dtype that ops.py lets pass and no kernel takes");
-  }
+  with_element<bf16, fp16>(dtype, std::forward<F>(f));
 }
 
 inline bool is_aligned(std::initializer_list<const void*> pointers) {

@@ -140,7 +140,7 @@ Tensor unpack(const Tensor& any_packed, int64_t bits, int64_t count, bool is_sig
   const Tensor packed = aligned_contiguous(any_packed);
   std::vector<int64_t> sizes(packed.sizes().begin(), packed.sizes().end());
   sizes.back() = count;
-  const Tensor codes = empty_contiguous(sizes, is_signed ? ScalarType::Char : ScalarType::Byte, packed);
+  const Tensor codes = empty_contiguous(sizes, code_dtype(is_signed), packed);
   const Members m = members_of(packed, bits, count);
   with_bits(bits, [&]<int kBits>(Bits<kBits>) {
     context.launch("unpack", unpack_kernel<kBits>, unpacking_blocks<uint8_t>(context, m), m,
@@ -225,7 +225,7 @@ Tensor quantize(
   const Context context(any_x);
   const Tensor x = dense(any_x);
   const ScaleAndOffset per_channel(any_scale, std::nullopt, x, axis);
-  const Tensor codes = empty_as(x, qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes = empty_as(x, code_dtype(qmin < 0));
   if (x.numel() == 0) return codes;
 
   const Extents e = extents(x, axis);

@@ -9,8 +9,6 @@ from .packed_epilogue import finish
 
 @triton.jit(
     do_not_specialize=[
-        "qmin",
-        "qmax",
         "channel_tiles",
         "pixel_tiles",
         "nbytes",
@@ -34,15 +32,7 @@ from .packed_epilogue import finish
 def depthwise_kernel(
     x_ptr,
     packed_ptr,
-    x_scale_ptr,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    residual_scale_ptr,
-    out_scale_ptr,
-    out_ptr,
-    qmin,
-    qmax,
+    epilogue,
     channel_tiles,
     pixel_tiles,
     nbytes,
@@ -102,22 +92,4 @@ def depthwise_kernel(
         at = first[:, None] + (down.to(tl.int64) * width + right) * in_channels + (channel // MULTIPLIER)[None, :]
         x = tl.load(x_ptr + at, mask & in_image[:, None], other=0).to(SUM)
         sums += x * codes[None, :]
-    finish(
-        sums,
-        member,
-        pixel[:, None],
-        channel[None, :],
-        mask,
-        x_scale_ptr,
-        scale_ptr,
-        bias_ptr,
-        residual_ptr,
-        residual_scale_ptr,
-        out_scale_ptr,
-        out_ptr,
-        qmin,
-        qmax,
-        pixels,
-        channels,
-        ACTIVATION,
-    )
+    finish(sums, member, pixel[:, None], channel[None, :], mask, epilogue, pixels, channels, ACTIVATION)

@@ -42,8 +42,6 @@ def _split_to_tf32(x):
 
 @triton.jit(
     do_not_specialize=[
-        "qmin",
-        "qmax",
         "channel_tiles",
         "pixel_tiles",
         "groups",
@@ -71,15 +69,7 @@ def conv_kernel(
     x_ptr,
     packed_ptr,
     partials_ptr,
-    x_scale_ptr,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    residual_scale_ptr,
-    out_scale_ptr,
-    out_ptr,
-    qmin,
-    qmax,
+    epilogue,
     channel_tiles,
     pixel_tiles,
     groups,
@@ -203,43 +193,17 @@ def conv_kernel(
 
     channel, pixel = (group * group_channels + channel)[:, None].to(INDEX), pixel[None, :]
     if partials_ptr is None:
-        finish(
-            sums,
-            member,
-            pixel,
-            channel,
-            mask,
-            x_scale_ptr,
-            scale_ptr,
-            bias_ptr,
-            residual_ptr,
-            residual_scale_ptr,
-            out_scale_ptr,
-            out_ptr,
-            qmin,
-            qmax,
-            pixels,
-            channels,
-            ACTIVATION,
-        )
+        finish(sums, member, pixel, channel, mask, epilogue, pixels, channels, ACTIVATION)
     else:
         members = tl.num_programs(0) // (channel_tiles * pixel_tiles * groups)
         partials_ptr += (split * members + member).to(tl.int64) * pixels * channels
         tl.store(partials_ptr + pixel * channels + channel, sums, mask)
 
 
-@triton.jit(do_not_specialize=["qmin", "qmax", "splits", "members", "channel_tiles", "pixels", "channels"])
+@triton.jit(do_not_specialize=["splits", "members", "channel_tiles", "pixels", "channels"])
 def fold_kernel(
     partials_ptr,
-    x_scale_ptr,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    residual_scale_ptr,
-    out_scale_ptr,
-    out_ptr,
-    qmin,
-    qmax,
+    epilogue,
     splits,
     members,
     channel_tiles,
@@ -261,22 +225,4 @@ def fold_kernel(
     for _ in range(splits):
         sums += tl.load(partials_ptr + pixel * channels + channel, mask, other=0)
         partials_ptr += members.to(tl.int64) * pixels * channels
-    finish(
-        sums,
-        member,
-        pixel,
-        channel,
-        mask,
-        x_scale_ptr,
-        scale_ptr,
-        bias_ptr,
-        residual_ptr,
-        residual_scale_ptr,
-        out_scale_ptr,
-        out_ptr,
-        qmin,
-        qmax,
-        pixels,
-        channels,
-        ACTIVATION,
-    )
+    finish(sums, member, pixel, channel, mask, epilogue, pixels, channels, ACTIVATION)

@@ -1,8 +1,6 @@
 """`packed_conv2d` and `packed_conv2d_int8`: which kernel serves a layer, and how it is launched."""
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from . import tuning
 from .depthwise import depthwise_kernel
 from .implicit_gemm import conv_kernel, fold_kernel
 from .launch import launch_of, on_device_of
+from .packed_epilogue import Epilogue
 
 _TL = {
     torch.float32: tl.float32,
@@ -30,35 +29,6 @@ def _alignment(*sizes: int) -> int:
     return math.gcd(16, *sizes)
 
 
-@dataclass(frozen=True)
-class Epilogue:
-    """What `packed_epilogue.finish` takes: the tensors and range that follow the sums."""
-
-    x_scale: Tensor | None
-    scale: Tensor
-    bias: Tensor | None
-    residual: Tensor | None
-    residual_scale: Tensor | None
-    out_scale: Tensor | None
-    out: Tensor
-    qmin: int
-    qmax: int
-
-    @cached_property
-    def arguments(self) -> tuple[Any, ...]:
-        """In the order of the kernels, laid out as they read them."""
-        vectors = (self.x_scale, self.scale, self.bias)
-        residual = None if self.residual is None else self.residual.contiguous(memory_format=torch.channels_last)
-        return (
-            *(None if t is None else t.contiguous() for t in vectors),
-            residual,
-            *(None if t is None else t.contiguous() for t in (self.residual_scale, self.out_scale)),
-            self.out,
-            float(self.qmin),
-            float(self.qmax),
-        )
-
-
 def convolve(
     x: Tensor, packed: Tensor, epilogue: Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
 ) -> Tensor:
@@ -70,7 +40,7 @@ def convolve(
             packed = packed.clone()
         launch = _depthwise if x.shape[1] == geometry.groups else _implicit_gemm
         with on_device_of(x):
-            launch(x, packed, epilogue, bits, geometry, shared, activation)
+            launch(x, packed, epilogue.laid_out(), bits, geometry, shared, activation)
     return epilogue.out
 
 
@@ -90,7 +60,7 @@ def _depthwise(
     depthwise_kernel[(members * channel_tiles * pixel_tiles,)](
         x,
         packed,
-        *epilogue.arguments,
+        epilogue,
         channel_tiles,
         pixel_tiles,
         packed.shape[1],
@@ -157,7 +127,7 @@ def _implicit_gemm(
             partials = x.new_empty(splits, members, pixels, channels, dtype=sums)
         tiles = (channel_tiles, pixel_tiles, groups, walked, packed_member, x_member)
         conv_kernel[(channel_tiles * pixel_tiles * groups * members, splits)](
-            *(x, packed, partials, *epilogue.arguments, *tiles, *sizes, *window),
+            *(x, packed, partials, epilogue, *tiles, *sizes, *window),
             **constants,
             ONE_TAP=depth_per_tap % tile.depth == 0,
             EVEN=depth % tile.depth == 0,
@@ -169,13 +139,13 @@ def _implicit_gemm(
             num_stages=tile.num_stages,
         )
         if partials is not None:
-            _fold(partials, epilogue.arguments, activation, constants["OUT_ALIGNED"])
+            _fold(partials, epilogue, activation, constants["OUT_ALIGNED"])
 
     bucket = tuning.Bucket.of(dot.name, channels // groups, pixels, depth, depth_per_tap, members * groups)
     launch(tuning.tile_of(bucket, x.device, launch))
 
 
-def _fold(partials: Tensor, arguments: tuple[Any, ...], activation: str, out_aligned: int) -> None:
+def _fold(partials: Tensor, epilogue: Epilogue, activation: str, out_aligned: int) -> None:
     """The second launch of a split sum: partials [splits, members, pixels, channels] to outputs."""
     splits, members, pixels, channels = partials.shape
     launch = launch_of("fold", partials)
@@ -184,7 +154,7 @@ def _fold(partials: Tensor, arguments: tuple[Any, ...], activation: str, out_ali
     channel_tiles = triton.cdiv(channels, block_channels)
     fold_kernel[(channel_tiles * triton.cdiv(pixels, block_pixels), members)](
         partials,
-        *arguments,
+        epilogue,
         splits,
         members,
         channel_tiles,
@@ -216,7 +186,7 @@ def packed_conv2d(
     """`reference.packed_conv2d`, in one launch, or two where the sum is split."""
     geometry, (shared, activation) = Geometry.of(*rest[:5]), rest[5:]
     out = output_of(x, scale.shape[0], scale.shape[1], geometry, shared, x.dtype)
-    epilogue = Epilogue(None, scale, bias, residual, None, None, out, 0, 0)
+    epilogue = Epilogue(None, scale, bias, residual, None, None, out, 0.0, 0.0)
     return convolve(x, packed, epilogue, bits, geometry, shared, activation)
 
 
@@ -235,5 +205,5 @@ def packed_conv2d_int8(
     """`reference.packed_conv2d_int8`, in one launch, or two where the sum is split."""
     geometry, (shared, activation, qmin, qmax, out_dtype) = Geometry.of(*rest[:5]), rest[5:]
     out = output_of(x, scale.shape[0], scale.shape[1], geometry, shared, out_dtype)
-    epilogue = Epilogue(x_scale, scale, bias, residual, residual_scale, out_scale, out, qmin, qmax)
+    epilogue = Epilogue(x_scale, scale, bias, residual, residual_scale, out_scale, out, float(qmin), float(qmax))
     return convolve(x, packed, epilogue, bits, geometry, shared, activation)

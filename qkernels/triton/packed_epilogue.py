@@ -3,10 +3,47 @@
 Every operation is rounded to float32 in the order of docs/format.md: launch with `enable_fp_fusion=False`.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import codes, numerics
+
+
+class Epilogue(NamedTuple):
+    """What follows the sums, as `finish` takes it: float32 vectors, and tensors laid out as the output, or None.
+
+    x_scale, residual_scale, out_scale: [members]; scale, bias: [members, channels]; residual, out: [N, C, H, W] in
+    channels_last; qmin, qmax: of the output's codes, where it has an out_scale.
+    """
+
+    x_scale: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    residual_scale: Tensor | None
+    out_scale: Tensor | None
+    out: Tensor
+    qmin: float
+    qmax: float
+
+    def laid_out(self) -> "Epilogue":
+        """With tensors as the kernels read them."""
+        return self._replace(
+            x_scale=_dense(self.x_scale),
+            scale=self.scale.contiguous(),
+            bias=_dense(self.bias),
+            residual=None if self.residual is None else self.residual.contiguous(memory_format=torch.channels_last),
+            residual_scale=_dense(self.residual_scale),
+            out_scale=_dense(self.out_scale),
+        )
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 @triton.jit
@@ -24,45 +61,27 @@ def activated(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    sums,
-    member,
-    pixel,
-    channel,
-    mask,
-    x_scale_ptr,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    residual_scale_ptr,
-    out_scale_ptr,
-    out_ptr,
-    qmin,
-    qmax,
-    pixels,
-    channels,
-    ACTIVATION: tl.constexpr,
-):
+def finish(sums, member, pixel, channel, mask, epilogue, pixels, channels, ACTIVATION: tl.constexpr):
     """Store activation(sums * scale + bias + residual), as codes if there is an out_scale.
 
     sums: int32 or float32, a tile of one member's output [pixels, channels] in memory; `pixel` and `channel` are
-    indices that broadcast to its shape. Pointers to what a layer does not have are None.
+    indices that broadcast to its shape.
     """
-    scale = tl.load(scale_ptr + member * channels + channel, channel < channels, other=0.0)
-    if x_scale_ptr is not None:
-        scale = scale * tl.load(x_scale_ptr + member)
+    scale = tl.load(epilogue.scale + member * channels + channel, channel < channels, other=0.0)
+    if epilogue.x_scale is not None:
+        scale = scale * tl.load(epilogue.x_scale + member)
     v = sums.to(tl.float32) * scale
-    if bias_ptr is not None:
-        v = v + tl.load(bias_ptr + member * channels + channel, channel < channels, other=0.0)
+    if epilogue.bias is not None:
+        v = v + tl.load(epilogue.bias + member * channels + channel, channel < channels, other=0.0)
     first = member.to(tl.int64) * pixels * channels
     at = pixel * channels + channel
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + first + at, mask, other=0).to(tl.float32)
-        if residual_scale_ptr is not None:
-            residual = residual * tl.load(residual_scale_ptr + member)
+    if epilogue.residual is not None:
+        residual = tl.load(epilogue.residual + first + at, mask, other=0).to(tl.float32)
+        if epilogue.residual_scale is not None:
+            residual = residual * tl.load(epilogue.residual_scale + member)
         v = v + residual
     v = activated(v, ACTIVATION)
-    if out_scale_ptr is not None:
-        out_scale = numerics.valid_scale(tl.load(out_scale_ptr + member))
-        v = codes.rounded(numerics.grid(v, out_scale, None), qmin, qmax)
-    tl.store(out_ptr + first + at, v.to(out_ptr.dtype.element_ty), mask)
+    if epilogue.out_scale is not None:
+        out_scale = numerics.valid_scale(tl.load(epilogue.out_scale + member))
+        v = codes.rounded(numerics.grid(v, out_scale, None), epilogue.qmin, epilogue.qmax)
+    tl.store(epilogue.out + first + at, v.to(epilogue.out.dtype.element_ty), mask)

@@ -54,8 +54,8 @@ def compile_all(architecture: int) -> dict[str, dict]:
             kernel,
             architecture,
             types,
-            constants,
-            by_16 if aligned else [],
+            {(kernel.arg_names.index(a),): value for a, value in constants.items()},
+            [(kernel.arg_names.index(a),) for a in by_16] if aligned else [],
             num_warps=parameters[launched_as].num_warps,
         )
 
@@ -178,26 +178,34 @@ def compile_packed(architecture: int) -> dict[str, dict]:
 
 def compile_launch(kernel, architecture, arguments, options) -> dict:
     """Compile a kernel as a launch with these arguments would."""
-    from triton.runtime.jit import mangle_type
+    constants = {(kernel.arg_names.index(a),): options.pop(a) for a in kernel.arg_names if a in options}
+    types, by_16 = dict.fromkeys(kernel.arg_names, "constexpr"), []
 
-    constants = {a: options.pop(a) for a in kernel.arg_names if a in options}
-    types, by_16 = dict.fromkeys(constants, "constexpr"), []
-    for name, value in zip(kernel.arg_names, arguments, strict=False):
-        types[name] = mangle_type(value, specialize=name not in kernel.do_not_specialize)
-        if types[name] == "constexpr":
-            constants[name] = value
-        elif types[name].startswith("*") or (name not in kernel.do_not_specialize and value % 16 == 0):
-            by_16.append(name)
-    types = {name: types[name] for name in kernel.arg_names}
+    def type_of(value, at, specialize):
+        """The type of an argument or, of a tuple's, those of its elements; `at` is where it stands."""
+        from triton.runtime.jit import mangle_type
+
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(each, (*at, i), specialize) for i, each in enumerate(value)))
+        found = mangle_type(value, specialize=specialize)
+        if found == "constexpr":
+            constants[at] = value
+        elif found.startswith("*") or (specialize and isinstance(value, int) and value % 16 == 0):
+            by_16.append(at)
+        return found
+
+    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        types[name] = type_of(value, (i,), name not in kernel.do_not_specialize)
     return compile_kernel(kernel, architecture, types, constants, by_16, **options)
 
 
 def compile_kernel(kernel, architecture, types, constants, by_16, **options) -> dict:
+    """Compile a kernel with arguments of these types; `constants` and `by_16`, what 16 divides, go by places."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in by_16}
+    attributes = {at: [["tt.divisibility", 16]] for at in by_16}
     binary = triton.compile(
         ASTSource(kernel, types, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),

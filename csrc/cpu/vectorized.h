@@ -2,9 +2,12 @@
 // that compiles such a loop once for each instruction set and picks one when the library is loaded.
 #pragma once
 
+#include "../elements.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -41,6 +44,12 @@ QK_ALWAYS_INLINE void store(BFloat16* p, float v) {
   std::memcpy(&bits, &v, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   p->bits = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
+}
+
+// Calls f with the element type of a dtype, as Type<T>.
+template <class F>
+auto with_type(ScalarType dtype, F&& f) {
+  return with_element<BFloat16, Float16>(dtype, std::forward<F>(f));
 }
 
 // Writes `bytes` around the caches: it saves reading every line that is about to be overwritten, a third of the traffic
