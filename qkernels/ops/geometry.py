@@ -60,7 +60,10 @@ def conv_geometry(
     groups: int = 1,
 ) -> Geometry:
     """The Geometry of nn.Conv2d's arguments; for "tf_same", which needs the image's size, without its padding."""
-    kernel, dilations = _pair(kernel_size), _pair(dilation)
+    kernel, strides, dilations = _pair(kernel_size), _pair(stride), _pair(dilation)
+    for pair in (kernel, strides, dilations, (0, 0) if isinstance(padding, str) else _pair(padding)):
+        if len(pair) != 2:
+            raise ValueError(f"a convolution of images takes pairs of numbers, not {pair}")
     if padding == "same":
         # PyTorch puts the odd pixel at the end.
         total = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
@@ -71,4 +74,4 @@ def conv_geometry(
         edges = (0, 0, 0, 0)
     else:
         edges = (*_pair(padding), *_pair(padding))
-    return Geometry(kernel, _pair(stride), edges, dilations, groups)
+    return Geometry(kernel, strides, edges, dilations, groups)

@@ -13,6 +13,13 @@ def _mean_abs_fake(x, axis):
     return x.new_empty((), dtype=torch.float32) if axis is None else x.new_empty(x.shape[axis], dtype=torch.float32)
 
 
+def _not_differentiable(ctx, grad):
+    raise RuntimeError("mean_abs has no gradient: it is what scales start from")
+
+
+torch.library.register_autograd("qkernels::mean_abs", _not_differentiable, lib=library)
+
+
 @torch.no_grad()
 def mean_abs(x: Tensor, axis: int | None = None) -> Tensor:
     """Mean |x| over the elements that share a scale, in one pass; not differentiable.

@@ -1,6 +1,7 @@
 """The schema of each op, which C++ and Python define alike: setup.py compiles them into `_cpu.so`, so that a program
 without Python knows the ops, and `library.py` defines them where that is not loaded. This file imports nothing."""
 
+# Of training, with a gradient or without.
 TRAINING = {
     "fake_quantize": (
         "(Tensor x, Tensor scale, Tensor? offset, int qmin, int qmax, int? axis, float grad_factor, bool aten_edge, "
@@ -22,6 +23,7 @@ TRAINING = {
 }
 
 _GEOMETRY = "int[2] kernel, int[2] stride, int[4] padding, int[2] dilation, int groups"
+# Of packed inference: their backward says that packed weights have no gradient.
 PACKED = {
     "pack": "(Tensor codes, int bits) -> Tensor",
     "unpack": "(Tensor packed, int bits, int count, bool signed) -> Tensor",

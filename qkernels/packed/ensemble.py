@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..quantize.convert import quantized_layers
-from ..quantize.layers import QConv2d, QuantizedLayer
+from ..quantize.layers import QuantizedLayer
+from ..quantize.registry import QUANTIZED_TYPES
 from . import file
 from .file import Contents, nbytes_of, works_on_integers
 from .fusion import FusionReport, eval_mode, stack_members
 from .in_turn import MembersInTurn, pack_layers_
 from .integer import IntegerReport, Method, to_integer_
+from .stacking import NOTHING_IN_EVAL
 from .tracing import CannotStack
 
 Combine = Literal["logits", "probs"]
@@ -66,7 +69,9 @@ class PackedEnsemble(nn.Module):
             why = str(reason)
         with eval_mode(models):
             copies = [pack_layers_(copy.deepcopy(model).eval()) for model in models]
-        report = FusionReport(packed=[name for name, _ in quantized_layers(models[0])], in_turn=why)
+        packed = [name for name, _ in quantized_layers(models[0])]
+        floating = [name for name, layer in models[0].named_modules() if type(layer) in QUANTIZED_TYPES]
+        report = FusionReport(packed, floating, in_turn=why)
         return cls(MembersInTurn(copies), len(models), report, info)
 
     @torch.no_grad()
@@ -140,20 +145,46 @@ class PackedEnsemble(nn.Module):
         return f"members={self.members}, nbytes={self.nbytes:,}, integer={self.integer}"
 
 
+# Attributes of modules that change nothing in evaluation.
+_OF_TRAINING = ("training", "inplace", "momentum", "drop_prob")
+
+
 def _description(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Name -> what must agree between members, for every module that owns tensors."""
+    """Name -> what must agree between members: each module's type, the shapes of its parameters, its settings.
+
+    What modules with children have beside these shows in their graphs, which `Stacker` compares.
+    """
     description: dict[str, tuple[Any, ...]] = {}
     for name, module in model.named_modules():
-        shapes = tuple((key, tuple(t.shape)) for key, t in module._parameters.items() if t is not None)
-        settings: tuple[Any, ...] = ()
-        if isinstance(module, QuantizedLayer):
-            settings = (tuple(shape for key, shape in shapes if key in ("weight", "bias")), module.act_range)
-            if isinstance(module, QConv2d):
-                settings += (module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-            description[name] = (type(module).__name__, *settings)
-        else:
-            description[name] = (type(module).__name__, shapes)
+        parameters = {key: t for key, t in module._parameters.items() if t is not None}
+        if isinstance(module, QuantizedLayer):  # scales may be one a channel or one a tensor
+            parameters = {key: t for key, t in parameters.items() if key in ("weight", "bias")}
+        settings = {}
+        if not any(module.children()) and type(module) not in NOTHING_IN_EVAL:
+            settings = {key: value for key, value in vars(module).items() if not key.startswith("_") and _plain(value)}
+        description[name] = (
+            f"{type(module).__module__}.{type(module).__qualname__}",
+            {key: tuple(t.shape) for key, t in parameters.items()},
+            {key: value for key, value in settings.items() if key not in _OF_TRAINING},
+        )
     return description
+
+
+def _difference(own: tuple[Any, ...], first: tuple[Any, ...]) -> str:
+    """What two descriptions of a module do not have in common."""
+    for a, b in zip_longest(own, first, fillvalue="nothing"):
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            apart = [key for key in a | b if a.get(key) != b.get(key)]
+            return "; ".join(f"{key} {a.get(key)} and {b.get(key)}" for key in apart)
+        if a != b:
+            return f"{a} and {b}"
+    return ""
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _check_alike(models: Sequence[nn.Module]) -> None:
@@ -170,7 +201,7 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
             if first.get(name) != own.get(name):
                 raise ValueError(
                     f"PackedEnsemble: models[{index}] differs from models[0] at {name or 'the root'}: "
-                    f"{own.get(name)} and {first.get(name)}"
+                    f"{_difference(own.get(name, ()), first.get(name, ()))}"
                 )
         for name, layer in quantized_layers(model):
             if layer.act_quantizer is not None and layer.act_range is None:

@@ -20,7 +20,7 @@ from ..atomic import replace_file
 from .fusion import FusionReport
 from .in_turn import MembersInTurn
 from .kinds import Expected, LayerKind, ProgramError
-from .layers import PackedLayer
+from .packed_layer import PackedLayer
 from .program import layer_json, program_json, read_layer, read_program
 
 FORMAT = "qkernels.packed_ensemble"

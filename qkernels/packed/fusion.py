@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..ops.packed_conv2d import Activation
 from .float_layers import StackedConv2d, StackedLinear, StackedNorm
-from .layers import PackedLayer
+from .packed_layer import PackedLayer
 from .stacking import Stacker
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.utils import _pair
 
 from ..quantize.quantizers import code_range
-from .layers import INTEGERS, PackedLayer
+from .packed_layer import INTEGERS, PackedLayer
 
 Method = Literal["mse", "percentile", "max"]
 

@@ -6,6 +6,7 @@ The graph runs once on images [M * N, ...], member after member.
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -81,7 +82,14 @@ class Stacker:
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self.models = models
-        self.source = trace(models[0])
+        self.source, *others = map(trace, models)
+        for index, other in enumerate(others, start=1):
+            for own, first in zip_longest(other.nodes, self.source.nodes):
+                if own is None or first is None or _step(own) != _step(first):
+                    steps = " and ".join(
+                        "nothing" if node is None else str(node.format_node()) for node in (own, first)
+                    )
+                    raise ValueError(f"PackedEnsemble: models[{index}] does not compute what models[0] does: {steps}")
         self.graph = fx.Graph()
         self.modules: dict[str, nn.Module] = {}
         self.followers: dict[str, list[nn.Module]] = {}  # of a stacked layer that became several
@@ -189,6 +197,11 @@ class Stacker:
             self.modules["repeat"] = Repeat(len(self.models))
             repeated = self.graph.call_module("repeat", (placeholder,))
         placeholder.replace_all_uses_with(repeated, delete_user_cb=lambda user: user is not repeated)
+
+
+def _step(node: fx.Node) -> tuple[Any, ...]:
+    """What a node does, to be compared with one of another graph: nodes among its arguments go by their names."""
+    return node.op, node.target, *fx.map_arg((node.args, dict(node.kwargs)), lambda used: f"%{used.name}")
 
 
 def _not_in_place(module: nn.Module) -> nn.Module:

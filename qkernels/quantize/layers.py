@@ -30,6 +30,8 @@ class QuantizedLayer(nn.Module):
     says whether the first training batch was seen), with `act_range`, the (qmin, qmax) that follows from it or None
     before that batch. The scale is a Parameter from the start, so that an optimizer made at any time holds it.
 
+    A layer takes its float type's arguments, and quantizers (default: LSQ() for the weight, none for the input).
+
     The float type's state-dict keys stay as they are. A float checkpoint loads strictly, and the scales start anew:
     those of weights from the loaded weights, those of inputs from the next training batch. A quantized one restores
     them.
@@ -47,6 +49,17 @@ class QuantizedLayer(nn.Module):
     act_scale: nn.Parameter
     act_signed: Tensor
     act_range: tuple[int, int] | None
+
+    def __init__(
+        self,
+        *args: Any,
+        quantizer: LSQ | INQ | None = None,
+        act_quantizer: ActivationLSQ | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.quantize_weight_(quantizer or LSQ())
+        self.quantize_input_(act_quantizer)
 
     def quantize_weight_(self, quantizer: LSQ | INQ) -> None:
         """Begin to quantize `weight` with `quantizer`, the scale starting from the weight as it is."""
@@ -167,17 +180,6 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
 
     float_type = nn.Conv2d
 
-    def __init__(
-        self,
-        *args: Any,
-        quantizer: LSQ | INQ | None = None,
-        act_quantizer: ActivationLSQ | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.quantize_weight_(quantizer or LSQ())
-        self.quantize_input_(act_quantizer)
-
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
@@ -186,17 +188,6 @@ class QLinear(QuantizedLayer, nn.Linear):
     """nn.Linear with a fake-quantized weight; takes all its arguments, and the quantizers."""
 
     float_type = nn.Linear
-
-    def __init__(
-        self,
-        *args: Any,
-        quantizer: LSQ | INQ | None = None,
-        act_quantizer: ActivationLSQ | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.quantize_weight_(quantizer or LSQ())
-        self.quantize_input_(act_quantizer)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)

@@ -20,15 +20,23 @@ def register_layer(float_type: type[nn.Module], quantized_type: type[QuantizedLa
     """Let `quantize_` turn layers of exactly `float_type` into `quantized_type`, and `PackedEnsemble` pack those.
 
     Args:
-        quantized_type: derives from `QuantizedLayer` and `float_type`, and in its forward takes
-            `self.quantized_weight()` where the float type uses `self.weight`, and `self.quantized_input(x)` for x;
-            `timm_layers.py` shows one.
+        quantized_type: derives from `QuantizedLayer` and `float_type`, in this order, has the class attribute
+            `float_type`, and in its forward takes `self.quantized_weight()` where the float type uses `self.weight`,
+            and `self.quantized_input(x)` for x; `timm_layers.py` shows one.
         pack: one quantized layer a member to a PackedConv2d or PackedLinear that computes the same, as
-            `PackedConv2d.from_layers` does; without it such layers cannot be packed.
+            `PackedConv2d.from_layers` does; without it such layers cannot be packed. Where such a layer stays float,
+            the members of an ensemble run in turn.
+
+    Raises:
+        TypeError: for a quantized type that is not of this kind.
     """
     if not (issubclass(quantized_type, QuantizedLayer) and issubclass(quantized_type, float_type)):
         raise TypeError(
             f"register_layer: {quantized_type.__name__} must derive from QuantizedLayer and {float_type.__name__}"
+        )
+    if getattr(quantized_type, "float_type", None) is not float_type:
+        raise TypeError(
+            f"register_layer: {quantized_type.__name__} needs the class attribute float_type = {float_type.__name__}"
         )
     QUANTIZED_TYPES[float_type] = quantized_type
     if pack is not None:

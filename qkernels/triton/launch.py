@@ -52,7 +52,10 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 
 def launch_of(kernel: str, x: Tensor) -> Launch:
     """The table's entry for `kernel` on x's device."""
-    return _TABLE.get(capability_of(x.device), _TABLE[None])[kernel]
+    table = _TABLE.get(capability_of(x.device), _TABLE[None])
+    if kernel not in table:
+        raise KeyError(f"qkernels/triton/launch.py has no launch parameters for {kernel}")
+    return table[kernel]
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:

@@ -76,7 +76,7 @@ CASES = opcheck_cases()
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_schema_has_fake_reference_and_opcheck(name):
-    assert CASES[name]
+    assert CASES[name], "no arguments in opcheck_cases, or for an op of PACKED in packed_cases"
     assert hasattr(qk.backends.reference, name)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{name}", "Meta") or (
         torch._library.simple_registry.singleton.find(f"qkernels::{name}").fake_impl.kernel is not None

@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import re
 
 import pytest
 import torch
@@ -137,6 +138,7 @@ def test_what_cannot_be_one_graph_runs_in_turn(body, reason):
         assert ensemble.report.in_turn is None
     else:
         assert reason in ensemble.report.in_turn and "members run in turn" in str(ensemble.report)
+        assert ensemble.report.floating == ["head"]
     assert ensemble.nbytes < sum(p.nbytes for model in models for p in model.parameters()) / 2
 
 
@@ -262,6 +264,55 @@ def test_bad_input_is_named():
     qk.quantize_(untrained, qk.QConfig(act_bits=4))
     with pytest.raises(ValueError, match=r"models\[0\].conv1 has not started to quantize its input"):
         qk.PackedEnsemble.from_models([untrained])
+
+
+class Settings(nn.Module):
+    """A network of layers with settings, all of which are arguments, and a factor that none of them has."""
+
+    def __init__(self, padding=1, groups=2, eps=1e-5, slope=0.1, window=2, dropout=0.1, factor=1.0, stride=1):
+        super().__init__()
+        self.factor = factor
+        self.stem = nn.Conv2d(3, 8, 3, padding=padding)
+        self.same = timm.layers.Conv2dSame(8, 8, 3, stride=stride)
+        self.norm = nn.GroupNorm(groups, 8, eps=eps)
+        self.act = nn.LeakyReLU(slope)
+        self.pool = nn.MaxPool2d(window, 2)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.drop(self.pool(self.act(self.norm(self.same(self.stem(x))))))
+        return self.head(x.mean((2, 3))) * self.factor
+
+
+@pytest.mark.parametrize(
+    "setting, where",
+    [
+        ({"padding": 2}, "at stem: padding (2, 2) and (1, 1)"),
+        ({"stride": 2}, "at same: stride (2, 2) and (1, 1)"),
+        ({"groups": 4}, "at norm: num_groups 4 and 2"),
+        ({"eps": 1e-3}, "at norm: eps 0.001 and 1e-05"),
+        ({"slope": 0.2}, "at act: negative_slope 0.2 and 0.1"),
+        ({"window": 3}, "at pool: kernel_size 3 and 2"),
+        ({"factor": 2.0}, "does not compute what models[0] does: .*2.0.* and .*1.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_members_that_differ_in_a_setting_are_refused(setting, where):
+    models = [Settings(), Settings(**setting)]
+    for model in models:
+        qk.quantize_(model.eval(), qk.QConfig(first_layer="float"))
+    pattern = where if ".*" in where else re.escape(where)
+    with pytest.raises(ValueError, match=rf"models\[1\] .*{pattern}".replace("models[0]", r"models\[0\]")):
+        qk.PackedEnsemble.from_models(models)
+
+
+def test_members_may_differ_in_what_only_training_knows():
+    models = [Settings(), Settings(dropout=0.5)]
+    for model in models:
+        qk.quantize_(model.eval(), qk.QConfig(first_layer="float"))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(qk.PackedEnsemble.from_models(models).member_logits(x), logits_of(models, x))
 
 
 class Linear(nn.Linear):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 import qkernels as qk
 from qkernels.packed import file as packed_file
 from qkernels.packed.file import CARD, CONFIG, MODEL, PackedFileError
+from qkernels.packed.kinds import LayerKind
+from qkernels.packed.program import LAYERS
 
 
 class Net(nn.Module):
@@ -92,6 +95,20 @@ def test_members_in_turn_need_the_model(tmp_path):
     other.norm = nn.GroupNorm(2, 8, affine=False)
     with pytest.raises(PackedFileError, match="not part of the network"):
         qk.PackedEnsemble.load(tmp_path, other)
+
+
+def kinds_of(kind):
+    """The kinds of layers that derive from one, but for those that others derive from."""
+    below = kind.__subclasses__()
+    return {k for each in below for k in kinds_of(each)} if below else {kind}
+
+
+def test_every_kind_of_layer_may_stand_in_a_file_and_is_documented():
+    ours = {kind for kind in kinds_of(LayerKind) if kind.__module__.startswith("qkernels.")}
+    assert set(LAYERS.values()) == ours
+    page = (Path(__file__).parents[3] / "docs" / "format.md").read_text()
+    for name in LAYERS:
+        assert f"| `{name}` |" in page, name
 
 
 def test_saving_again_replaces(tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.packed.integer import BINS, ActivationStatistics, CodesMaxPool2d
-from qkernels.packed.layers import PackedLayer
+from qkernels.packed.packed_layer import PackedLayer
 
 
 class Residual(nn.Module):

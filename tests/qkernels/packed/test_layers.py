@@ -10,7 +10,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.ops.packing import packed_bytes
-from qkernels.packed.layers import quantize_members, runs_of
+from qkernels.packed.packed_layer import quantize_members, runs_of
 from qkernels.packed.stacking import pack
 from qkernels.quantize.codes import weight_codes
 from qkernels.quantize.quantizers import INQ, LSQ, ActivationLSQ
@@ -84,6 +84,11 @@ def test_linear_layers(inputs, outputs, bias, bits, inner, shared):
     packed.shared = shared
     x = torch.randn(2 * (1 if shared else len(bits)), *inner, inputs)
     assert_near(packed(x), in_turn(layers, x, shared))
+
+
+def test_only_convolutions_of_images_are_packed_as_such():
+    with pytest.raises(ValueError, match=r"takes pairs of numbers, not \(3,\)"):
+        qk.PackedConv2d(3, 4, (3,))
 
 
 def test_timm_s_padding_depends_on_the_image():

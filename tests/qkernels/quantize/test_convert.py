@@ -15,6 +15,7 @@ import qkernels as qk
 from qkernels.quantize import registry
 from qkernels.quantize.convert import quantized_layers, scales
 from qkernels.quantize.layers import QuantizedLayer
+from qkernels.quantize.timm_layers import QConv2dSame
 
 
 def small_net():
@@ -244,6 +245,22 @@ def test_subclasses_are_reported_until_registered(forgetful_registry):
     assert type(model[1]) is QScaled
     with pytest.raises(TypeError, match="must derive from QuantizedLayer and Linear"):
         qk.register_layer(nn.Linear, QScaled)
+
+    class Unsaid(QuantizedLayer, nn.Conv1d):
+        pass
+
+    class OfAnother(qk.QConv2d, Scaled):
+        """Its float_type is QConv2d's: `dequantize_` would make an nn.Conv2d of it."""
+
+    for float_type, kind in ((nn.Conv1d, Unsaid), (Scaled, OfAnother)):
+        with pytest.raises(TypeError, match=f"{kind.__name__} needs the class attribute float_type"):
+            qk.register_layer(float_type, kind)
+
+
+@pytest.mark.parametrize("make", [lambda: QScaled(3, 4, 3), lambda: QConv2dSame(3, 4, 3, stride=2)])
+def test_every_quantized_type_can_be_constructed(make):
+    layer = make()
+    assert "weight=7 bit per channel" in repr(layer) and layer(torch.randn(1, 3, 8, 8)).shape[1] == 4
 
 
 def test_a_registered_layer_is_packed_by_its_own_form(forgetful_registry):
