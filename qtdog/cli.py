@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import torch
@@ -296,12 +296,19 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
         description=command.summary, epilog=command.examples, exit_on_error=False, formatter_class=HelpFormatter
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
-    parser.add_argument("--plugin", action="append", help="file that adds methods, data sets, ...: docs/extending.md")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        help="file that adds methods, data sets, ...: docs/extending.md; may be given again",
+    )
     hints = get_type_hints(command.settings, include_extras=True)
+    names_known = {"method": method_names(), "dataset": PROTOCOLS, **PARTS}
+    names_known |= {"methods": names_known["method"], "datasets": names_known["dataset"]}
     groups: dict[str, Any] = {}
     for field in command.fields():
         hint, text, *titles = get_args(hints[field.name])
-        hint = among_known(field.name, hint)
+        if field.name in names_known:  # plug-ins' among them
+            text = f"{text}: {', '.join(names_known[field.name])}"
         group: Any = parser
         for title in titles:
             group = groups[title] = groups.get(title) or parser.add_argument_group(title)
@@ -319,15 +326,6 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         group.add_argument(f"--{dashed(name)}", type=number.type | None, default=None, help=number.help)
     return parser
-
-
-def among_known(name: str, hint: Any) -> Any:
-    """The type of a setting that names something, with the names that there are now, plug-ins' among them."""
-    names = {"method": method_names(), "dataset": PROTOCOLS, **PARTS}.get(name.removesuffix("s"))
-    if names is None or hint not in (str, str | None, list[str]):
-        return hint
-    known = Literal[tuple(names)]  # type: ignore[valid-type]
-    return {str: known, str | None: known | None, list[str]: list[known]}[hint]  # type: ignore[valid-type]
 
 
 def plugin_files(arguments: Sequence[str]) -> list[str]:

@@ -141,9 +141,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def head(model: nn.Module) -> nn.Module:
-    """The layer that turns features into logits."""
+    """The layer that turns features into logits; UserError for a plug-in's network that does not tell."""
     inner: Any = unwrapped(model)
-    return inner.classifier if isinstance(inner, (MNIST_CNN, SMALL_CNN)) else inner.get_classifier()
+    if isinstance(inner, (MNIST_CNN, SMALL_CNN)):
+        return inner.classifier
+    if not hasattr(inner, "get_classifier"):
+        raise UserError("the network does not say which layer is its last: it needs get_classifier(), as timm's have")
+    return inner.get_classifier()
 
 
 def style_layers(model: nn.Module) -> list[nn.Module]:

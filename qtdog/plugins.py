@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -62,17 +63,17 @@ _running: Plugin | None = None  # the one that registers now
 
 def register_loss(name: str) -> Callable[[type[T]], type[T]]:
     """A decorator of a `Loss`, a dataclass whose numbers become flags of `qtdog train`."""
-    return lambda rule: _enter_rule(LOSSES, "loss", name, rule)
+    return lambda rule: _enter_rule(LOSSES, "loss", Loss, name, rule)
 
 
 def register_step(name: str) -> Callable[[type[T]], type[T]]:
     """A decorator of a `StepRule`: how one step is taken."""
-    return lambda rule: _enter_rule(STEPS, "step", name, rule)
+    return lambda rule: _enter_rule(STEPS, "step", StepRule, name, rule)
 
 
 def register_averaging(name: str) -> Callable[[type[T]], type[T]]:
     """A decorator of an `AveragingRule`: what becomes of the weights that training passes through."""
-    return lambda rule: _enter_rule(AVERAGING, "averaging", name, rule)
+    return lambda rule: _enter_rule(AVERAGING, "averaging", AveragingRule, name, rule)
 
 
 def register_method(name: str, method: Method) -> None:
@@ -81,6 +82,15 @@ def register_method(name: str, method: Method) -> None:
         value = getattr(method, part) or "none"
         if value not in known:
             raise UserError(f"method {name!r} of a plug-in has {part}={value!r}: there are {', '.join(known)}")
+    known_numbers = {*rule_numbers(), *PROTOCOLS["RotatedMNIST"]}
+    for group, numbers in method.numbers.items():
+        if group not in ("all", "pictures", *PROTOCOLS):
+            raise UserError(f"method {name!r} of a plug-in has numbers for {group!r}, which is no data set")
+        if unknown := numbers.keys() - known_numbers:
+            raise UserError(f"method {name!r} of a plug-in has no number {', '.join(sorted(unknown))}")
+    labels = {label for other in METHODS.values() for label in (other.label, other.ensemble_label)}
+    if taken := labels & {method.label, method.ensemble_label}:
+        raise UserError(f"method {name!r} of a plug-in is called {taken.pop()!r} in tables, as another is")
     _enter(METHODS, "method", name, method)
 
 
@@ -112,9 +122,11 @@ def register_backbone(name: str) -> Callable[[Callable[[int, int], nn.Module]], 
     return lambda build: _enter(DIGIT_NETWORKS, "backbone", name, build)
 
 
-def _enter_rule(registry: MutableMapping[str, Any], kind: str, name: str, rule: type[T]) -> type[T]:
+def _enter_rule(registry: MutableMapping[str, Any], kind: str, base: type, name: str, rule: type[T]) -> type[T]:
+    if not issubclass(rule, base):
+        raise UserError(f"{kind} {name!r} of a plug-in does not derive from {base.__name__}")
     if "__dataclass_fields__" not in vars(rule):  # is_dataclass sees those of the class it derives from
-        raise UserError(f"{kind} {name!r} of a plug-in is no dataclass: put @dataclass above the class")
+        raise UserError(f"{kind} {name!r} of a plug-in is no dataclass: put @dataclass right above the class")
     numbers, settings = rule_numbers(), {field.name for field in fields(TrainConfig)}
     for own in numbers_of(rule).values():
         if own.name in settings or (own.name in numbers and numbers[own.name][1] != own):
@@ -142,7 +154,7 @@ def load(paths: Iterable[str]) -> None:
         name = f"qtdog_plugin_{plugin.sha256[:12]}"
         spec = importlib.util.spec_from_file_location(name, plugin.path)
         if spec is None or spec.loader is None:
-            raise UserError(f"--plugin {path}: not a Python file")
+            raise UserError(f"--plugin {path}: not a Python file, whose name ends with .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # where dataclasses look their types up
         with _registering(plugin, name, f"--plugin {path}"):
@@ -169,19 +181,28 @@ def _registering(plugin: Plugin, module: str, named: str) -> Iterator[None]:
     _loaded[plugin.sha256] = _modules[module] = _running = plugin
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         for registry, entries in zip(_REGISTRIES, before, strict=True):
             registry.clear()
             registry.update(entries)
-        raise UserError(f"{named}: {error if isinstance(error, UserError) else repr(error)}") from error
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{named}{_line_of(error, plugin.path)}: {reason}") from error
     finally:
         _running = None
+
+
+def _line_of(error: BaseException, file: str) -> str:
+    """Where in a file it comes from, as `, line 3`."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f", line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def described(path: Path) -> Plugin:
     """A plug-in as runs remember it."""
     if not path.is_file():
-        raise UserError(f"--plugin {path}: there is no such file")
+        raise UserError(f"--plugin {path}: {'a folder' if path.is_dir() else 'there is no such file'}")
     return Plugin(str(path.resolve()), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -196,10 +217,11 @@ def remembered(run: RunConfig) -> RunConfig:
         "dataset": run.dataset,
         "backbone": run.backbone,
     }
-    owners = [_owners.get(name) for name in names.items()]
+    owners = {_owners.get(name) for name in names.items()}
     if timm.is_model(run.backbone):
-        owners.append(_modules.get(timm.model_entrypoint(run.backbone).__module__))
-    return replace(run, plugins=tuple(dict.fromkeys(owner for owner in owners if owner is not None)))
+        owners.add(_modules.get(timm.model_entrypoint(run.backbone).__module__))
+    in_order = _loaded.values()  # in which another process has to load them
+    return replace(run, plugins=tuple(plugin for plugin in in_order if plugin in owners))
 
 
 def require(plugins: Iterable[Plugin], whose: str, unchanged: bool) -> None:
@@ -209,8 +231,11 @@ def require(plugins: Iterable[Plugin], whose: str, unchanged: bool) -> None:
         unchanged: whether it must be just as it was; else a file of the same name is good enough.
     """
     names = {Path(plugin.path).name for plugin in _loaded.values()}
-    for plugin in plugins:
-        changed = Path(plugin.path).name in names
-        if plugin.sha256 not in _loaded and (unchanged or not changed):
-            remedy = "it has changed since: give it as it was" if changed else f"give --plugin {plugin.path}"
-            raise UserError(f"{whose} was trained with the plug-in {plugin.path}: {remedy}")
+    lacking = [plugin for plugin in plugins if plugin.sha256 not in _loaded]
+    changed = [plugin for plugin in lacking if Path(plugin.path).name in names]
+    if missing := [plugin for plugin in lacking if plugin not in changed]:
+        given = " ".join(f"--plugin {plugin.path}" for plugin in missing)
+        raise UserError(f"{whose} was trained with a plug-in that is not here: give {given}, or where it lies now")
+    if changed and unchanged:
+        files = ", ".join(plugin.path for plugin in changed)
+        raise UserError(f"{whose} was trained with the plug-in {files}, which has changed since: give it as it was")

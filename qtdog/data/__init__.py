@@ -59,7 +59,8 @@ def image_files(name: str, data_dir: str | None, log: Callable[[str], None] = pr
     if name in BENCHMARKS:
         return benchmark_files(name, data_dir, log)
     if name not in LAYOUTS:
-        raise UserError(f"there is no data set {name} here: a plug-in may have it, see --plugin")
+        known = ", ".join([*DIGITS, *BENCHMARKS, *LAYOUTS])
+        raise UserError(f"there is no data set {name}: there are {known}; plug-ins may have others")
     return LAYOUTS[name](data_dir, log)
 
 

@@ -24,6 +24,13 @@ class Number:
     least: float
     most: float
 
+    @property
+    def limits(self) -> str:
+        """`at least 0`, `between 0 and 1`."""
+        if self.most == math.inf:
+            return f"at least {self.least:g}"
+        return f"at most {self.most:g}" if self.least == -math.inf else f"between {self.least:g} and {self.most:g}"
+
 
 def numbers_of(rule: type) -> dict[str, Number]:
     """Name -> number of a rule, in order."""

@@ -166,7 +166,7 @@ def method_names() -> list[str]:
 def method_of(name: str) -> str:
     """The method that `--method` names: eoq and eoa are ensembles of one."""
     if name not in METHODS and name not in ENSEMBLES:
-        raise UserError(f"--method {name}: there are {', '.join(method_names())}")
+        raise UserError(f"--method {name}: there are {', '.join(method_names())}; plug-ins may have others")
     return ENSEMBLES[name][0] if name in ENSEMBLES else name
 
 
@@ -186,7 +186,7 @@ def composed(config: TrainConfig) -> str:
     for part, known in PARTS.items():
         value, own = getattr(config, part), getattr(METHODS[preset], part) or "none"
         if value is not None and value not in known:
-            raise UserError(f"--{part} {value}: there are {', '.join(known)}")
+            raise UserError(f"--{part} {value}: there are {', '.join(known)}; plug-ins may have others")
         if value not in (None, own):
             parts.append(f"{part}={value}")
     return "+".join([preset, *parts])
@@ -238,7 +238,7 @@ def preset_of(name: str, dataset: str) -> dict[str, Any]:
 def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
     """The run of `config` that leaves out domain `test_env`, with the presets' numbers where the user gave none."""
     if config.dataset not in PROTOCOLS:
-        raise UserError(f"--dataset {config.dataset}: there are {', '.join(PROTOCOLS)}")
+        raise UserError(f"--dataset {config.dataset}: there are {', '.join(PROTOCOLS)}; plug-ins may have others")
     name = composed(config)
     chosen, preset = find_method(name), preset_of(name, config.dataset)
     if config.hparams_seed > 0:
@@ -331,9 +331,7 @@ def check(run: RunConfig) -> None:
         for name, number in numbers_of(rule).items():
             setting = {**run.loss, **run.step, **run.averaging}[name]
             if isinstance(setting, int | float) and not number.least <= setting <= number.most:
-                raise UserError(
-                    f"--{dashed(name)} must lie between {number.least:g} and {number.most:g}, not {setting:g}"
-                )
+                raise UserError(f"--{dashed(name)} must be {number.limits}, not {setting:g}")
     chosen = find_method(run.method)
     least = LOSSES[chosen.loss].least_batch
     if run.batch_size < least:

@@ -35,7 +35,8 @@ def common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def distinguishing_settings(runs: Iterable[tuple[Path, str, RunConfig]]) -> dict[str, list[str]]:
     """For each method the settings that tell its variants apart.
 
-    These are the settings in which runs differ that otherwise would claim the same place in a table.
+    These are the settings in which runs differ that otherwise would claim the same place in a table, and versions of
+    plug-ins in any case.
 
     Args:
         runs: folder, data set and settings of each.
@@ -43,10 +44,12 @@ def distinguishing_settings(runs: Iterable[tuple[Path, str, RunConfig]]) -> dict
     Raises:
         UserError: for two runs of one place that differ in nothing.
     """
+    methods: dict[str, set[Any]] = defaultdict(set)
     places: dict[tuple[Any, ...], list[tuple[Path, RunConfig]]] = defaultdict(list)
     for folder, dataset, run in runs:
         place = (dataset, run.method, run.test_env, run.trial_seed, run.seed, run.hparams_seed)
         places[place].append((folder, run))
+        methods[run.method].add(run.settings().get("plugins"))
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for (_, method, *_), claimants in places.items():
         settings = [settings_of(run) for _, run in claimants]
@@ -57,7 +60,8 @@ def distinguishing_settings(runs: Iterable[tuple[Path, str, RunConfig]]) -> dict
                     f"{first} and {second} have the same method, settings, target, trial, seed and hyper-parameter "
                     "seed: name one of them, or collect their folders apart"
                 )
-        found[method].update(dict.fromkeys(differing(settings)))
+        several = {"plugins": None} if len(methods[method]) > 1 else {}
+        found[method].update(several | dict.fromkeys(differing(settings)))
     return {method: list(names) for method, names in found.items()}
 
 

@@ -20,6 +20,7 @@ from qtdog.environment import cores, describe_environment, pick_device, pick_wor
 from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.log import Log
+from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.presets import find_method, seeds_of, settle
 from qtdog.models import preprocessing
 from qtdog.results.runs import read_card, run_folder, seconds_of
@@ -122,6 +123,11 @@ def plan(config: TrainConfig) -> list[Job]:
     if template.batch_size % distributed.world_size():
         raise UserError(
             f"--batch-size {template.batch_size} cannot be divided among {distributed.world_size()} processes"
+        )
+    least = LOSSES[find_method(template.method).loss].least_batch
+    if template.batch_size // distributed.world_size() < least:
+        raise UserError(
+            f"--batch-size must give each process at least {least} for {find_method(template.method).label}"
         )
     pick_device(config.device)
     prepared = preprocessing(template.backbone, template.image_size)

@@ -97,7 +97,8 @@ def sweep(config: SweepConfig) -> None:
         raise UserError(
             f"{len(errors)} of {len(open_jobs)} runs failed: `--show` tells which, the same sweep tries again"
         )
-    log(f"`qtdog collect {config.output_dir}` makes the tables")
+    needed = [f" --plugin {plugin.path}" for plugin in dict.fromkeys(p for job in jobs for p in job.run.plugins)]
+    log(f"`qtdog collect {config.output_dir}{''.join(needed)}` makes the tables")
 
 
 def check(config: SweepConfig) -> None:

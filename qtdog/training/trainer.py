@@ -49,6 +49,8 @@ def prepare_folder(run: RunConfig, folder: Path, resume: bool, overwrite: bool) 
         write_text(stored, yaml.safe_dump(run.to_dict(), sort_keys=False))
         return True
     old, new = yaml.safe_load(stored.read_text(encoding="utf-8")), run.to_dict()
+    for values in (old, new):  # wherever the files lie
+        values["plugins"] = [plugin["sha256"][:8] for plugin in values.get("plugins", [])]
     changed = [f"{name} was {old.get(name)}, is now {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
         raise UserError(

@@ -47,6 +47,8 @@ def test_what_cannot_be_divided(digits_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qtdog.distributed.processes", lambda device: contextlib.nullcontext())
     assert main(["train", *common, "--batch-size", "3"]) == 2
     assert "--batch-size 3 cannot be divided among 2 processes" in capsys.readouterr().err
+    assert main(["train", *common, "--method", "coral", "--batch-size", "2"]) == 2
+    assert "--batch-size must give each process at least 2 for CORAL" in capsys.readouterr().err
     assert main(["train", *common, "--jobs", "2"]) == 2
     assert "use one of them" in capsys.readouterr().err
     assert main(["sweep", *common]) == 2

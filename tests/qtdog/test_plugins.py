@@ -51,7 +51,9 @@ def test_a_loss_step_rule_method_data_set_and_backbone_through_all_commands(
         reads_the_run = command[0] not in ("data", "eval")  # a packed file needs no plug-in, its images do
         assert main(command) == 2
         error = capsys.readouterr().err
-        assert (f"give --plugin {Path(plugin).resolve()}" if reads_the_run else "Bars") in error, command
+        assert (
+            f"give --plugin {Path(plugin).resolve()}, or where it lies now" if reads_the_run else "Bars"
+        ) in error, command
         assert main([*command, "--plugin", str(plugin)]) == 0
         forget()
     rows = list(csv.DictReader((runs / "table.csv").open()))
@@ -119,11 +121,11 @@ def test_results_may_be_read_with_a_changed_plugin_but_no_model(plugin, forget, 
     with Path(plugin).open("a") as file:
         file.write("# changed\n")
     assert main(["collect", str(runs), "--plugin", str(plugin)]) == 0
-    with pytest.raises(UserError, match=r"plugin\.py: it has changed since: give it as it was"):
+    with pytest.raises(UserError, match=r"plugin\.py, which has changed since: give it as it was"):
         load_model(folder)
     command = ["train", "--plugin", str(plugin), "--output-dir", str(runs), *QUICK, "--dataset", "Bars"]
     assert main([*command, "--method", "erm", "--test-envs", "0"]) == 2
-    assert "plugins" in capsys.readouterr().err  # a run of the same name with other settings
+    assert "holds a run with other settings (plugins was ['" in capsys.readouterr().err
     assert main([*command, "--method", "erm", "--test-envs", "0", "--output-dir", str(tmp_path / "again")]) == 0
     assert main(["collect", str(tmp_path), "--plugin", str(plugin)]) == 0
     labels = [row["label"] for row in json.loads((tmp_path / "table.json").read_text())["tables"][0]["rows"]]
@@ -135,14 +137,22 @@ def test_results_may_be_read_with_a_changed_plugin_but_no_model(plugin, forget, 
     [
         ("plugins.register_loss('erm')(Mine)", "loss 'erm' of a plug-in is there already"),
         ("plugins.register_loss('a b')(Mine)", "loss 'a b' of a plug-in: a name is of letters"),
-        ("plugins.register_loss('mine')(Plain)", "put @dataclass above the class"),
+        ("plugins.register_loss('mine')(Plain)", "put @dataclass right above the class"),
+        ("plugins.register_loss('mine')(Method)", "does not derive from Loss"),
         ("plugins.register_loss('mine')(Wrong)", "has the number 'steps', which means something else"),
         ("plugins.register_loss('mine')(Other)", "has the number 'rho', which means something else"),
         ("plugins.register_loss('mine')(Unsaid)", "has the number 'rate', which means something else"),
         ("plugins.register_method('m', Method('M', step='sgm'))", "has step='sgm': there are plain, "),
+        ("plugins.register_method('m', Method('ERM'))", "is called 'ERM' in tables, as another is"),
+        ("plugins.register_method('m', Method('M', numbers={'all': {'rate': 2, 'leer': 1}}))", "has no number leer"),
+        (
+            "plugins.register_method('m', Method('M', numbers={'picture': {}}))",
+            "numbers for 'picture', which is no data",
+        ),
         ("plugins.register_dataset('d', stpes=1)", "a protocol has no stpes"),
-        ("1 / 0", "ZeroDivisionError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
         ("def", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
 def test_what_cannot_be_registered_leaves_nothing(forget, tmp_path, code, message, capsys):
@@ -177,12 +187,68 @@ class Other(Loss):
     for _ in range(2):  # the second time as the first
         assert main(["train", "--plugin", str(file), "--loss", "first"]) == 2
         error = capsys.readouterr().err
-        assert message in error and f"--plugin {file}: " in error and error.count("\n") == 1
+        line = file.read_text().splitlines().index(code) + 1
+        assert message in error and f"--plugin {file}, line {line}: " in error and error.count("\n") == 1
 
 
 def test_a_plugin_that_is_not_there(tmp_path, capsys):
     assert main(["collect", str(tmp_path), "--plugin", str(tmp_path / "none.py")]) == 2
     assert f"--plugin {tmp_path / 'none.py'}: there is no such file" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_plugin(tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    for file, message in ((tmp_path, "a folder"), (tmp_path / "notes.txt", "whose name ends with .py")):
+        assert main(["collect", str(tmp_path), "--plugin", str(file)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_plugin_may_be_moved_and_its_run_continued(plugin, forget, tmp_path, capsys):
+    command = ["--method", "erm", "--test-envs", "0"]
+    train(plugin, tmp_path / "runs", *command)
+    forget()
+    moved = Path(plugin).rename(tmp_path / "moved.py")
+    (done,) = (tmp_path / "runs").rglob("done")
+    done.unlink()
+    train(moved, tmp_path / "runs", *command, "--resume")
+    assert done.exists()
+
+
+@pytest.mark.slow
+def test_processes_load_plugins_in_the_order_in_which_they_were_given(plugin, forget, tmp_path):
+    source = Path(plugin).read_text()
+    line = next(line for line in source.splitlines() if line.startswith("plugins.register_method"))
+    Path(plugin).write_text(source.replace(line, ""))
+    (tmp_path / "method.py").write_text(f"from qtdog import plugins\nfrom qtdog.plugins import Method\n{line}\n")
+    second = ["--plugin", str(tmp_path / "method.py")]
+    train(plugin, tmp_path / "runs", *second, "--method", "vrex+qtdog", "--test-envs", "0", "1", "--jobs", "2")
+    assert [len(read_card(folder).run.plugins) for folder in find_runs([str(tmp_path / "runs")])] == [2, 2]
+
+
+def test_versions_of_a_plugin_are_never_averaged(plugin, forget, tmp_path):
+    """Two seeds, between which the file has changed."""
+    for seed in ("0", "1"):
+        train(plugin, tmp_path, "--method", "erm", "--test-envs", "0", "--seeds", seed)
+        forget()
+        with Path(plugin).open("a") as file:
+            file.write("# changed\n")
+    assert main(["collect", str(tmp_path), "--plugin", str(plugin)]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["tables"][0]["rows"]
+    assert len({row["label"] for row in rows}) == 2
+
+
+def test_a_network_that_does_not_tell_its_last_layer(plugin, forget, tmp_path, capsys):
+    command = ["train", "--plugin", str(plugin), "--output-dir", str(tmp_path), *QUICK, "--dataset", "Bars"]
+    assert main([*command, "--method", "coral", "--test-envs", "0"]) == 2
+    assert "it needs get_classifier(), as timm's have" in capsys.readouterr().err
+
+
+def test_help_lists_what_plugins_add(plugin, forget, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help", "--plugin", str(plugin)])
+    words = " ".join(capsys.readouterr().out.split())
+    for listed in ("erm, coral, mixstyle, vrex", "weight-noise, centered", "folder, csv, Bars", "--vrex-penalty"):
+        assert listed in words, listed
 
 
 def test_a_file_of_settings_names_no_plugin(plugin, forget, tmp_path, capsys):
@@ -208,7 +274,7 @@ def test_installed_packages_add_plugins_to_every_command(forget, tmp_path, monke
     monkeypatch.delitem(sys.modules, "dg_extra")
     (tmp_path / "dg_extra.py").write_text("import no_such_module\n")
     assert main(["collect", str(tmp_path)]) == 2
-    assert "the installed plug-in dg_extra: ModuleNotFoundError" in capsys.readouterr().err
+    assert "the installed plug-in dg_extra, line 1: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_parts_in_place_of_a_presets():
