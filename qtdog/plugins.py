@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import timm
@@ -89,8 +90,9 @@ def register_method(name: str, method: Method) -> None:
         if unknown := numbers.keys() - known_numbers:
             raise UserError(f"method {name!r} of a plug-in has no number {', '.join(sorted(unknown))}")
     labels = {label for other in METHODS.values() for label in (other.label, other.ensemble_label)}
-    if taken := labels & {method.label, method.ensemble_label}:
-        raise UserError(f"method {name!r} of a plug-in is called {taken.pop()!r} in tables, as another is")
+    for label in (method.label, method.ensemble_label):
+        if label in labels:
+            raise UserError(f"method {name!r} of a plug-in is called {label!r} in tables, as another is")
     _enter(METHODS, "method", name, method)
 
 
@@ -148,17 +150,15 @@ def _enter(registry: MutableMapping[str, Any], kind: str, name: str, what: Any) 
 def load(paths: Iterable[str]) -> None:
     """Run the files that have not been run in this process; UserError for one that is missing or fails."""
     for path in paths:
-        plugin = described(Path(path))
+        source = _source(Path(path))
+        plugin = _plugin(Path(path), source)
         if plugin.sha256 in _loaded:
             continue
-        name = f"qtdog_plugin_{plugin.sha256[:12]}"
-        spec = importlib.util.spec_from_file_location(name, plugin.path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"--plugin {path}: not a Python file, whose name ends with .py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # where dataclasses look their types up
-        with _registering(plugin, name, f"--plugin {path}"):
-            spec.loader.exec_module(module)
+        module = ModuleType(f"qtdog_plugin_{plugin.sha256[:12]}")
+        module.__file__ = plugin.path
+        sys.modules[module.__name__] = module  # where dataclasses look their types up
+        with _registering(plugin, module.__name__, f"--plugin {path}"):
+            exec(compile(source, plugin.path, "exec"), vars(module))  # what was hashed, not a cached file of another
 
 
 def load_installed() -> None:
@@ -201,9 +201,18 @@ def _line_of(error: BaseException, file: str) -> str:
 
 def described(path: Path) -> Plugin:
     """A plug-in as runs remember it."""
-    if not path.is_file():
-        raise UserError(f"--plugin {path}: {'a folder' if path.is_dir() else 'there is no such file'}")
-    return Plugin(str(path.resolve()), hashlib.sha256(path.read_bytes()).hexdigest())
+    return _plugin(path, _source(path))
+
+
+def _plugin(path: Path, source: bytes) -> Plugin:
+    return Plugin(str(path.resolve()), hashlib.sha256(source).hexdigest())
+
+
+def _source(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--plugin {path}: {error.strerror}") from error
 
 
 def remembered(run: RunConfig) -> RunConfig:
