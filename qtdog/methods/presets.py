@@ -336,6 +336,8 @@ def check(run: RunConfig) -> None:
     least = LOSSES[chosen.loss].least_batch
     if run.batch_size < least:
         raise UserError(f"--batch-size must be at least {least} for {chosen.label}")
+    if STEPS[chosen.step].needs_scales and chosen.quantizer != "lsq":
+        raise UserError(f"--step {chosen.step} is about learned scales, which --quantizer lsq has")
     if run.quantization is not None:
         check_quantization(run, run.quantization)
 

@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ Loss = Callable[[], Tensor]
 @dataclass
 class StepRule:
     """One update of `optimizer`'s parameters. A rule that remembers something between steps stores it by state_dict."""
+
+    needs_scales: ClassVar[bool] = False  # whether it has no meaning for a method that does not quantize
 
     def __call__(self, loss: Loss, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None = None) -> Tensor:
         """Take one step; returns the loss before it, a detached scalar.
@@ -151,6 +153,8 @@ class GAQAT(SAGM):
     )
     unfreeze: bool = number(True, "whether a frozen scale may thaw in a later window")
     disorder: "Disorder | None" = field(default=None, init=False, repr=False)
+
+    needs_scales = True
 
     def between_passes(self, model: nn.Module) -> None:
         scales = dict(qk.named_scales(unwrapped(model)))

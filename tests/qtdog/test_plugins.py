@@ -285,6 +285,9 @@ def test_parts_in_place_of_a_presets():
         settle(TrainConfig(loss="corall"), 0, 0)
     with pytest.raises(UserError, match="no rule has the number coral_wait"):
         settle(TrainConfig(loss="coral", numbers={"coral_wait": 2.0}), 0, 0)
+    for quantizer in (None, "inq"):
+        with pytest.raises(UserError, match="--step gaqat is about learned scales"):
+            settle(TrainConfig(method="erm", step="gaqat", quantizer=quantizer), 0, 0)
     with pytest.raises(UserError, match="--coral-weight has no meaning"):
         settle(TrainConfig(method="coral", loss="erm", numbers={"coral_weight": 2.0}), 0, 0)
 
