@@ -124,8 +124,9 @@ def register_backbone(name: str) -> Callable[[Callable[[int, int], nn.Module]], 
     return lambda build: _enter(DIGIT_NETWORKS, "backbone", name, build)
 
 
-def _enter_rule(registry: MutableMapping[str, Any], kind: str, base: type, name: str, rule: type[T]) -> type[T]:
-    if not issubclass(rule, base):
+def _enter_rule(registry: MutableMapping[str, Any], kind: str, base: type, name: str, rule: Any) -> Any:
+    is_one = isinstance(rule, type) and issubclass(rule, base)
+    if not is_one:
         raise UserError(f"{kind} {name!r} of a plug-in does not derive from {base.__name__}")
     if "__dataclass_fields__" not in vars(rule):  # is_dataclass sees those of the class it derives from
         raise UserError(f"{kind} {name!r} of a plug-in is no dataclass: put @dataclass right above the class")

@@ -4,7 +4,9 @@ A number is a flag of `qtdog train` of the same name, and may have another value
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, get_type_hints
 
 
@@ -32,7 +34,8 @@ class Number:
         return f"at most {self.most:g}" if self.least == -math.inf else f"between {self.least:g} and {self.most:g}"
 
 
-def numbers_of(rule: type) -> dict[str, Number]:
+@cache  # a sweep asks for them a hundred times a run
+def numbers_of(rule: type) -> Mapping[str, Number]:
     """Name -> number of a rule, in order."""
     types = get_type_hints(rule)
     return {
