@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run by .ci/run or other tests.
 ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m qkernels", "unzip ", "torchrun ")
-SMALL = "--steps 4 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --device cpu"
+SMALL = "--steps 2 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --device cpu"
 READERS = ("train", "sweep", "ensemble", "eval", "flatness", "landscape", "curvature")  # of images
 MEASURE = {
     "flatness": "--radii 0 1 --directions 2 --max-images 2",

@@ -284,6 +284,7 @@ def test_multi_equals_single_forward_and_backward():
         torch.testing.assert_close(scale.grad, s.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_without_graph_breaks(dynamic):
     def f(x, scale):
