@@ -134,6 +134,37 @@ def convolutions(contest: Contest, device: str, shape: Shape, batch: int) -> Non
     contest.measure(base=OURS)
 
 
+CALLS = 1000
+
+
+def bench_packed_conv2d_call(contest: Contest, device: str) -> None:
+    """A call of packed_conv2d
+
+    One pixel, one channel in, four out: what is left is Python, the dispatcher and the checks. Times are of one call,
+    ratios over the function that users call. The op is called through autograd and below it, as the function does when
+    no gradient is wanted.
+    """
+    contest.parameters, contest.sets, contest.graphs = "1 pixel", CALLS, False
+    geometry = Geometry((1, 1))
+    x, scale = torch.randn(1, 1, 1, 1, device=device), torch.ones(1, 4, device=device)
+    packed = pack(torch.ones(4, dtype=torch.int8, device=device), BITS)[None]
+    arguments: Any = (x, packed, scale, None, None, BITS, *geometry.arguments, False, "none")
+    expected = x.expand(1, 4, 1, 1)
+    weight = torch.ones(4, 1, 1, 1, device=device)
+    op = torch.ops.qkernels.packed_conv2d.default
+
+    def below_autograd(i: int) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    with torch.no_grad():
+        contest.ours("packed_conv2d", lambda i: packed_conv2d(x, packed, scale, None, BITS, geometry), expected)
+        contest.ours("the op", lambda i: op(*arguments), expected)
+        contest.ours("the op below autograd", below_autograd, expected)
+        contest.peer("F.conv2d", lambda: lambda i: F.conv2d(x, weight), expected)
+        contest.measure(base="packed_conv2d")
+
+
 def by_channels_last(weights: Tensor, shape: Shape) -> Tensor:
     """[M, outputs, h * w * inputs] as [M, outputs, inputs, h, w], the inputs next to each other in memory."""
     return weights.view(MEMBERS, *shape.geometry.weight_shape(shape.outputs, shape.inputs)).permute(0, 1, 4, 2, 3)

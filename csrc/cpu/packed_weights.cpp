@@ -3,8 +3,8 @@
 // written a code.
 
 #include "packed_weights.h"
-#include "vectorized.h"
 
+#include "vectorized.h"
 
 #include <utility>
 

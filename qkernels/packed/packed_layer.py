@@ -51,6 +51,11 @@ def images_of(x: Tensor, members: int, run: slice) -> Tensor:
     return x[run.start * images : run.stop * images]
 
 
+def _of(by_member: Tensor | None, run: Run) -> Tensor | None:
+    """The part that belongs to the members of a run, where there is one."""
+    return None if by_member is None else by_member[run.members]
+
+
 def quantize_members(x: Tensor, scale: Tensor, code_range: tuple[int, int]) -> Tensor:
     """Codes of x [M * N, ...], each member with its own scale [M]."""
     return quantize(x.unflatten(0, (scale.shape[0], -1)), scale, *code_range, axis=0).flatten(0, 1)
@@ -191,38 +196,20 @@ class PackedLayer(LayerKind):
                 x = quantize_members(x, self.input_scale, self.input_range)
         results = []
         for run in self.runs:
-            members = run.members.stop - run.members.start
-            packed = self.weight_packed[run.bytes].view(members, -1)
-            scale = self.weight_scale[run.members]
-            bias = None if self.bias is None else self.bias[run.members]
             images = x if shared else images_of(x, self.members, run.members)
             added = None if residual is None else images_of(residual, self.members, run.members)
+            packed = self.weight_packed[run.bytes].view(run.members.stop - run.members.start, -1)
+            weights = (packed, self.weight_scale[run.members], _of(self.bias, run), run.bits, geometry)
             if self.input_scale is None:
-                y = packed_conv2d(
-                    images,
-                    packed,
-                    scale,
-                    bias,
-                    run.bits,
-                    geometry,
-                    residual=added,
-                    shared=shared,
-                    activation=activation,
-                )
+                y = packed_conv2d(images, *weights, residual=added, shared=shared, activation=activation)
             else:
                 y = packed_conv2d_int8(
                     images,
                     self.input_scale[run.members],
-                    packed,
-                    scale,
-                    bias,
-                    run.bits,
-                    geometry,
+                    *weights,
                     residual=added,
-                    residual_scale=None
-                    if residual is None or self.residual_scale is None
-                    else self.residual_scale[run.members],
-                    out_scale=None if out_scale is None else out_scale[run.members],
+                    residual_scale=None if residual is None else _of(self.residual_scale, run),
+                    out_scale=_of(out_scale, run),
                     code_range=self.output_range,
                     shared=shared,
                     activation=activation,

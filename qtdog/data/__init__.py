@@ -26,6 +26,8 @@ __all__ = [
 
 # Data sets whose images are tensors that come as they are: from --data-dir to a DomainSet.
 DIGITS: dict[str, Callable[[str | None], DomainSet]] = {"RotatedMNIST": rotated_mnist, "ColoredMNIST": colored_mnist}
+# Their domains, where these are known without the data.
+MNIST_DOMAINS = {"RotatedMNIST": [str(angle) for angle in ANGLES], "ColoredMNIST": list(COLOR_FLIPS)}
 # The ways in which pictures of one's own may lie.
 LAYOUTS = {"folder": folder_files, "csv": manifest_files}
 
@@ -43,13 +45,12 @@ def load_dataset(
 
 def domain_names(name: str, data_dir: str | None) -> tuple[str, list[str]]:
     """The data set's title and the names of its domains, without opening an image."""
-    known = {"RotatedMNIST": [str(angle) for angle in ANGLES], "ColoredMNIST": list(COLOR_FLIPS)}
-    if name in DIGITS and name not in known:  # a plug-in's
-        dataset = DIGITS[name](data_dir)
-        return dataset.name, [domain.name for domain in dataset.domains]
-    known |= {title: list(benchmark.images) for title, benchmark in BENCHMARKS.items()}
+    known = MNIST_DOMAINS | {title: list(benchmark.images) for title, benchmark in BENCHMARKS.items()}
     if name in known:
         return name, known[name]
+    if name in DIGITS:  # a plug-in's
+        dataset = DIGITS[name](data_dir)
+        return dataset.name, [domain.name for domain in dataset.domains]
     found = image_files(name, data_dir, lambda line: None)
     return found.name, list(found.files)
 

@@ -41,14 +41,15 @@ class Method:
 
     def rules(self) -> dict[str, type]:
         """Its loss, step rule and averaging rule, by the groups of a run's settings."""
-        return {"loss": LOSSES[self.loss], "step": STEPS[self.step], "averaging": AVERAGING[self.averaging]}
+        return {kind: rules[getattr(self, kind)] for kind, rules in RULES.items()}
 
     def options(self) -> dict[str, list[str]]:
         """The names of the numbers that they take."""
         return {group: list(numbers_of(rule)) for group, rule in self.rules().items()}
 
 
-RULES: dict[str, Mapping[str, type]] = {"loss": LOSSES, "step rule": STEPS, "averaging": AVERAGING}
+RULES: dict[str, Mapping[str, type]] = {"loss": LOSSES, "step": STEPS, "averaging": AVERAGING}
+PARTS: dict[str, Collection[str]] = {**RULES, "quantizer": ("lsq", "inq", "none")}
 
 
 def rule_numbers() -> dict[str, tuple[str, Number]]:
@@ -163,19 +164,18 @@ def method_names() -> list[str]:
     return [*METHODS, *ENSEMBLES]
 
 
+def refuse_unknown(flag: str, name: str, known: Collection[str]) -> None:
+    """Raises UserError for a name that nothing has registered."""
+    if name not in known:
+        raise UserError(f"--{flag} {name}: there are {', '.join(known)}; plug-ins may have others")
+
+
 def method_of(name: str) -> str:
     """The method that `--method` names: eoq and eoa are ensembles of one."""
-    if name not in METHODS and name not in ENSEMBLES:
-        raise UserError(f"--method {name}: there are {', '.join(method_names())}; plug-ins may have others")
+    refuse_unknown("method", name, method_names())
     return ENSEMBLES[name][0] if name in ENSEMBLES else name
 
 
-PARTS: dict[str, Collection[str]] = {
-    "loss": LOSSES,
-    "step": STEPS,
-    "averaging": AVERAGING,
-    "quantizer": ("lsq", "inq", "none"),
-}
 _PART = re.compile(rf"\+(?=(?:{'|'.join(PARTS)})=)")  # begins a part in the name of a composition
 
 
@@ -185,8 +185,8 @@ def composed(config: TrainConfig) -> str:
     parts = []
     for part, known in PARTS.items():
         value, own = getattr(config, part), getattr(METHODS[preset], part) or "none"
-        if value is not None and value not in known:
-            raise UserError(f"--{part} {value}: there are {', '.join(known)}; plug-ins may have others")
+        if value is not None:
+            refuse_unknown(part, value, known)
         if value not in (None, own):
             parts.append(f"{part}={value}")
     return "+".join([preset, *parts])
@@ -237,8 +237,7 @@ def preset_of(name: str, dataset: str) -> dict[str, Any]:
 
 def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
     """The run of `config` that leaves out domain `test_env`, with the presets' numbers where the user gave none."""
-    if config.dataset not in PROTOCOLS:
-        raise UserError(f"--dataset {config.dataset}: there are {', '.join(PROTOCOLS)}; plug-ins may have others")
+    refuse_unknown("dataset", config.dataset, PROTOCOLS)
     name = composed(config)
     chosen, preset = find_method(name), preset_of(name, config.dataset)
     if config.hparams_seed > 0:
@@ -327,12 +326,12 @@ def check(run: RunConfig) -> None:
         for name, none in _NOT_FOR_DIGITS.items():
             if getattr(run, name) != none:
                 raise UserError(f"--{dashed(name)} has no meaning for {run.backbone}: leave it out")
-    for rule in find_method(run.method).rules().values():
+    chosen, given_numbers = find_method(run.method), {**run.loss, **run.step, **run.averaging}
+    for rule in chosen.rules().values():
         for name, number in numbers_of(rule).items():
-            setting = {**run.loss, **run.step, **run.averaging}[name]
+            setting = given_numbers[name]
             if isinstance(setting, int | float) and not number.least <= setting <= number.most:
                 raise UserError(f"--{dashed(name)} must be {number.limits}, not {setting:g}")
-    chosen = find_method(run.method)
     least = LOSSES[chosen.loss].least_batch
     if run.batch_size < least:
         raise UserError(f"--batch-size must be at least {least} for {chosen.label}")

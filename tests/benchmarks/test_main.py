@@ -56,5 +56,10 @@ def test_a_row_is_replaced_and_others_stay():
     assert [row["ms"] for row in cases["one"]["rows"]] == [2]
 
 
+def test_a_slow_hour_does_not_lower_the_roofline():
+    """Or rows of a faster one would lie above it."""
+    assert command.best_rates({"bandwidth": 2.0, "int8": 5.0}, {"bandwidth": 3.0}) == {"bandwidth": 3.0, "int8": 5.0}
+
+
 def test_every_file_is_run():
     assert set(command.FILES) == {p.name for p in (ROOT / "benchmarks").glob("bench_*.py")}

@@ -271,4 +271,4 @@ def test_help_has_headings(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     out = capsys.readouterr().out
-    assert all(f"\n{title}:\n" in out for title in ("quantization", "step rule", "averaging", "loss"))
+    assert all(f"\n{title}:\n" in out for title in ("quantization", "step", "averaging", "loss"))
