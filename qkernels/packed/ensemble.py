@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from ..quantize.convert import quantized_layers
 from ..quantize.layers import QuantizedLayer
 from ..quantize.registry import QUANTIZED_TYPES
-from . import file
-from .file import Contents, nbytes_of, works_on_integers
+from . import file, loading
+from .file import Contents, PackedFileError, nbytes_of, works_on_integers
 from .fusion import FusionReport, eval_mode, stack_members
 from .in_turn import MembersInTurn, pack_layers_
 from .integer import IntegerReport, Method, to_integer_
+from .kinds import ProgramError
+from .memory import MemoryLimit
+from .program import Program
 from .stacking import NOTHING_IN_EVAL
 from .tracing import CannotStack
 
@@ -46,6 +49,7 @@ class PackedEnsemble(nn.Module):
         self.members = members
         self.report = report
         self.info = info or {}
+        self._limit: MemoryLimit | None = None  # of what comes from a file
         self.eval()
 
     @classmethod
@@ -74,9 +78,18 @@ class PackedEnsemble(nn.Module):
         report = FusionReport(packed, floating, in_turn=why)
         return cls(MembersInTurn(copies), len(models), report, info)
 
+    def _check_memory(self, x: Tensor, limit: MemoryLimit) -> None:
+        if isinstance(self.program, Program):
+            try:
+                limit.check(self.program, self.members, x)
+            except ProgramError as error:
+                raise PackedFileError(f"PackedEnsemble: {error}") from error
+
     @torch.no_grad()
     def member_logits(self, x: Tensor) -> Tensor:
         """Images [N, ...] to each member's logits [M, N, classes]."""
+        if self._limit is not None and not torch.compiler.is_compiling():
+            self._check_memory(x, self._limit)
         return self.program(x).unflatten(0, (self.members, -1))
 
     def forward(self, x: Tensor, combine: Combine = "logits") -> Tensor:
@@ -129,17 +142,26 @@ class PackedEnsemble(nn.Module):
         return file.save(Contents(self.program, self.members, self.report, {**self.info, **info}), Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None) -> "PackedEnsemble":
+    def load(
+        cls, path: str | Path, model: nn.Module | None = None, *, max_bytes: int | None = None
+    ) -> "PackedEnsemble":
         """Read what `save` wrote; neither the training code nor the model's is needed.
+
+        The file may come from anyone: it is data, and nothing in it becomes code. Its tensors are read into memory of
+        their own. What answering to images may take beside them is limited (`packed.memory.MemoryLimit`).
 
         Args:
             path: the folder, or its model.safetensors.
             model: only for an ensemble whose members run in turn: a float model of their architecture.
+            max_bytes: instead of that limit; the tensors may take no more, either.
 
         Raises:
-            PackedFileError: if the file is truncated, corrupt or not what it claims to be.
+            PackedFileError: if the file is truncated, corrupt or not what it claims to be, or takes too much memory.
         """
-        return cls(*file.load(Path(path), model))
+        limit = MemoryLimit(max_bytes)
+        ensemble = cls(*loading.load(Path(path), model, limit))
+        ensemble._limit = limit
+        return ensemble
 
     def extra_repr(self) -> str:
         return f"members={self.members}, nbytes={self.nbytes:,}, integer={self.integer}"

@@ -16,6 +16,7 @@ from torch import fx, nn
 from ..ops.packed_conv2d import Activation
 from .float_layers import StackedConv2d, StackedLinear, StackedNorm
 from .packed_layer import PackedLayer
+from .program import Program
 from .stacking import Stacker
 
 
@@ -84,9 +85,9 @@ def _is_addition(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _ADDITIONS and tensors and not node.kwargs
 
 
-def fuse_(program: fx.GraphModule, report: FusionReport) -> None:
+def fuse_(traced: fx.GraphModule, report: FusionReport) -> None:
     """Fold what follows each layer into it, in place."""
-    graph, modules = program.graph, dict(program.named_modules())
+    graph, modules = traced.graph, dict(traced.named_modules())
     calls: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -133,23 +134,22 @@ def fuse_(program: fx.GraphModule, report: FusionReport) -> None:
             report.unfused[str(node.target)] = "a batch norm without a convolution of its own before it"
             module.weight, module.bias = module.weight.float(), module.bias.float()
     graph.lint()
-    program.delete_all_unused_submodules()
-    program.recompile()
 
 
-def stack_members(models: Sequence[nn.Module]) -> tuple[fx.GraphModule, FusionReport]:
-    """One fused graph for all members.
+def stack_members(models: Sequence[nn.Module]) -> tuple[Program, FusionReport]:
+    """One fused program for all members.
 
     Raises:
         CannotStack: with the reason, if the members have to run one after another.
     """
     with eval_mode(models):
-        program = Stacker(models).run()
+        graph = Stacker(models).run()
     report = FusionReport()
-    fuse_(program, report)
-    for name, module in program.named_modules():
+    fuse_(graph, report)
+    program = Program.from_graph(graph)
+    for name, module in program.layers().items():
         if isinstance(module, PackedLayer):
             report.packed.append(name)
         elif isinstance(module, StackedConv2d | StackedLinear):
             report.floating.append(name)
-    return program.eval(), report
+    return program, report

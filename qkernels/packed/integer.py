@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from ..quantize.quantizers import code_range
 from .packed_layer import INTEGERS, PackedLayer
+from .program import Program, Ref, Step
 
 Method = Literal["mse", "percentile", "max"]
 
@@ -138,7 +139,7 @@ def to_integer_(
         layer.quantize_input_(seen.scale(method, percentile, codes[1]).to(layer.weight_scale.device), codes)
     for layer in layers:
         layer.float_dtype = float_dtype
-    connected = connect_(program) if isinstance(program, fx.GraphModule) else 0
+    connected = connect_(program) if isinstance(program, Program) else 0
     changes = [_change(old, program(x), members) for old, x in zip(before, batches, strict=True)]
     agreeing, images, squares, magnitude = (sum(column) for column in zip(*changes, strict=True))
     return IntegerReport(len(layers), connected, agreeing / images, (squares / max(magnitude, 1e-30)) ** 0.5)
@@ -173,15 +174,14 @@ class CodesMaxPool2d(nn.MaxPool2d):
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def connect_(program: fx.GraphModule) -> int:
+def connect_(program: Program) -> int:
     """Let layers hand codes to the next where all that use their output take the same codes. Returns how many do."""
-    modules = dict(program.named_modules())
     connected = 0
-    for node in program.graph.nodes:
-        layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, PackedLayer) or layer.input_scale is None:
+    for step in program.steps:
+        layer = _layer_of(step, program)
+        if not _takes_codes(layer) or len(program.callers(step.target)) > 1:
             continue
-        users = list(_users_of_codes(node, modules))
+        users = list(_users_of_codes(step, program))
         inputs = [user for user, role in users if role == "input"]
         if not inputs or any(role == "float" for _, role in users):
             continue
@@ -195,36 +195,46 @@ def connect_(program: fx.GraphModule) -> int:
         for user, role in users:
             if role == "residual":
                 user.residual_scale = first.input_scale.clone()
-        _let_pools_take_codes(program, node, modules)
+        _let_pools_take_codes(step, program)
         connected += 1
-    program.recompile()
     return connected
 
 
-def _users_of_codes(node: fx.Node, modules: dict[str, nn.Module]) -> Iterator[tuple[Any, str]]:
-    """Who uses a node's output, through max pools: (layer, "input" or "residual"), or (None, "float")."""
-    for user in node.users:
-        module = modules.get(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, PackedLayer) and module.input_scale is not None:
+def _layer_of(step: Step, program: Program) -> nn.Module | None:
+    """The layer that a step calls, if it does."""
+    return program.layer(step.target) if step.op == "layer" else None
+
+
+def _takes_codes(layer: nn.Module | None) -> TypeGuard[PackedLayer]:
+    return isinstance(layer, PackedLayer) and layer.input_scale is not None
+
+
+def _users_of_codes(step: Step, program: Program) -> Iterator[tuple[Any, str]]:
+    """Who uses a step's result, through max pools: (layer, "input" or "residual"), or (None, "float")."""
+    if program.output.name == step.name:
+        yield None, "float"
+    for user in program.users(step.name):
+        layer = _layer_of(user, program)
+        if _takes_codes(layer) and len(program.callers(user.target)) == 1:
             yield from (
-                (module, role) for arg, role in zip(user.args, ("input", "residual"), strict=False) if arg is node
+                (layer, role)
+                for arg, role in zip(user.args, ("input", "residual"), strict=False)
+                if arg == Ref(step.name)
             )
-        elif _is_plain_max_pool(module):
-            yield from _users_of_codes(user, modules)
+        elif _is_plain_max_pool(layer):
+            yield from _users_of_codes(user, program)
         else:
             yield None, "float"
 
 
-def _is_plain_max_pool(module: nn.Module | None) -> bool:
-    plain = type(module) in (nn.MaxPool2d, CodesMaxPool2d)
-    return plain and _pair(module.dilation) == (1, 1) and not module.ceil_mode  # type: ignore[union-attr, arg-type]
+def _is_plain_max_pool(layer: nn.Module | None) -> bool:
+    plain = type(layer) in (nn.MaxPool2d, CodesMaxPool2d)
+    return plain and _pair(layer.dilation) == (1, 1) and not layer.ceil_mode  # type: ignore[union-attr, arg-type]
 
 
-def _let_pools_take_codes(program: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
-    for user in node.users:
-        module = modules.get(str(user.target)) if user.op == "call_module" else None
-        if _is_plain_max_pool(module):
-            pool: Any = module
-            modules[str(user.target)] = CodesMaxPool2d(pool.kernel_size, pool.stride, pool.padding)
-            program.set_submodule(str(user.target), modules[str(user.target)])
-            _let_pools_take_codes(program, user, modules)
+def _let_pools_take_codes(step: Step, program: Program) -> None:
+    for user in program.users(step.name):
+        pool: Any = _layer_of(user, program)
+        if _is_plain_max_pool(pool):
+            program.put_layer(user.target, CodesMaxPool2d(pool.kernel_size, pool.stride, pool.padding))
+            _let_pools_take_codes(user, program)

@@ -2,9 +2,11 @@
 
 How it is built from the members' layers (`from_layers`), what rebuilds it (`settings`, `from_settings`), the tensors
 that a file must have for it (`expected`), and what must hold between them (`check`). The list of kinds that a file may
-name is in `program.py`.
+name is in `program_file.py`.
 """
 
+import reprlib
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -38,6 +40,7 @@ class LayerKind(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shared = False
+        self._taken: set[str] = set()  # the tensors that a file has given
 
     def settings(self) -> dict[str, Any]:
         """What rebuilds the layer, without its tensors: plain types."""
@@ -59,6 +62,13 @@ class LayerKind(nn.Module):
     def take(self, name: str, t: Tensor) -> None:
         """Accept a tensor as a file has it; its dtype and shape are as expected."""
         self._buffers[name] = t
+        self._taken.add(name)
+
+    def forget_missing(self) -> None:
+        """Let optional tensors go that a file does not have: those that are still as `from_settings` made them."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name not in self._taken:
+                self._buffers[name] = None
 
     def check(self) -> None:
         """Make sure that the tensors, all of which are there now, fit each other.
@@ -66,9 +76,6 @@ class LayerKind(nn.Module):
         Raises:
             ProgramError: if not.
         """
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.is_meta:  # optional, and not in the file
-                self._buffers[name] = None
 
 
 class Settings:
@@ -80,33 +87,48 @@ class Settings:
 
     def __init__(self, plain: Any) -> None:
         self.plain = object_of(plain)
+        self._read = {"type", "one_input_scale"}  # of which the latter stands in files of earlier writers, unread
+
+    def get(self, key: str) -> Any:
+        """The value, None if there is none."""
+        self._read.add(key)
+        return self.plain.get(key)
 
     def number(self, key: str, least: int = 1) -> int:
-        value = self.plain.get(key)
-        if type(value) is not int or not least <= value <= LARGEST_NUMBER:
-            raise ProgramError(f"{key}={value!r} is not a number from {least} to {LARGEST_NUMBER}")
-        return value
+        """An integer that is not smaller."""
+        return _number(key, self.get(key), least)
 
     def numbers(self, key: str, length: int, least: int) -> tuple[int, ...]:
-        values = self.plain.get(key)
+        """So many of them."""
+        values = self.get(key)
         if not isinstance(values, list) or len(values) != length:
-            raise ProgramError(f"{key}={values!r} is not a list of {length} numbers")
-        return tuple(Settings({key: value}).number(key, least) for value in values)
+            raise ProgramError(f"{key}={shown(values)} is not a list of {length} numbers")
+        return tuple(_number(key, value, least) for value in values)
 
     def share(self, key: str) -> float:
-        value: Any = self.plain.get(key)
+        """A number from 0 to 1."""
+        value = self.get(key)
         if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise ProgramError(f"{key}={value!r} is not a number from 0 to 1")
+            raise ProgramError(f"{key}={shown(value)} is not a number from 0 to 1")
         return float(value)
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> Any:
-        value = self.plain.get(key)
+        """One of these words."""
+        value = self.get(key)
         if value not in allowed:
-            raise ProgramError(f"{key}={value!r} is none of {', '.join(allowed)}")
+            raise ProgramError(f"{key}={shown(value)} is none of {', '.join(allowed)}")
         return value
 
     def flag(self, key: str) -> bool:
-        return self.plain.get(key) is True
+        """True or false; false if it is missing."""
+        value = self.get(key)
+        if value not in (None, True, False) or type(value) is int:
+            raise ProgramError(f"{key}={shown(value)} is neither true nor false")
+        return value is True
+
+    def expect_no_more(self) -> None:
+        """Make sure that all settings have been read."""
+        only_keys(self.plain, self._read)
 
     def geometry(self) -> Geometry:
         return Geometry(
@@ -116,6 +138,23 @@ class Settings:
             self.numbers("dilation", 2, 1),  # type: ignore[arg-type]
             self.number("groups"),
         )
+
+
+def _number(key: str, value: Any, least: int) -> int:
+    if type(value) is not int or not least <= value <= LARGEST_NUMBER:
+        raise ProgramError(f"{key}={shown(value)} is not a number from {least} to {LARGEST_NUMBER}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """For a message: cut short, as files may hold anything."""
+    return reprlib.repr(value)
+
+
+def only_keys(plain: dict[str, Any], allowed: Iterable[str]) -> None:
+    """Raises ProgramError for a key that is none of these."""
+    if surplus := plain.keys() - set(allowed):
+        raise ProgramError(f"{shown(min(surplus))} is not a key that the format has here")
 
 
 def object_of(value: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..ops.packing import codes_dtype, dequantize_packed, pack, packed_bytes, qu
 from ..quantize.codes import weight_codes
 from ..quantize.layers import QuantizedLayer
 from ..quantize.quantizers import positive_scale
-from .kinds import Expected, LayerKind, ProgramError, Settings
+from .kinds import Expected, LayerKind, ProgramError, Settings, shown
 
 INTEGERS = (torch.int8, torch.uint8)
 
@@ -251,11 +251,12 @@ class PackedLayer(LayerKind):
     def take(self, name: str, t: Tensor) -> None:
         if name != "weight_shape":
             super().take(name, t)
-        elif tuple(t.tolist()) != (shape := self.geometry.weight_shape(self.out_channels, self.in_channels)):
+        elif not t.is_meta and tuple(t.tolist()) != (
+            shape := self.geometry.weight_shape(self.out_channels, self.in_channels)
+        ):
             raise ProgramError(f"is {t.tolist()}, but the layer's weight has shape {list(shape)}")
 
     def check(self) -> None:
-        super().check()
         if self.output_scale is not None and self.input_scale is None:
             raise ProgramError("gives codes but takes none: it has no input_scale")
         for scale in (self.input_scale, self.residual_scale, self.output_scale):
@@ -288,9 +289,9 @@ class PackedLayer(LayerKind):
 
 def bits_of(settings: Settings, members: int) -> list[int]:
     """Of each member's weight."""
-    bits = settings.plain.get("bits")
+    bits = settings.get("bits")
     if not isinstance(bits, list) or len(bits) != members:
-        raise ProgramError(f"has bits {bits!r} for {members} members")
+        raise ProgramError(f"has bits {shown(bits)} for {members} members")
     if not all(type(b) is int and 2 <= b <= 8 for b in bits):
-        raise ProgramError(f"has bits {bits!r}; each is 2..8")
+        raise ProgramError(f"has bits {shown(bits)}; each is 2..8")
     return bits

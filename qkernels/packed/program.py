@@ -1,247 +1,172 @@
-"""The graph of a packed ensemble as JSON: layers, and calls of functions that are on a list (docs/format.md).
+"""Program: the network of a packed ensemble as a list of steps, and the interpreter that runs them.
 
-A file is data, never code: reading one builds layers of the types below and calls the functions below and no others.
+No code is made of a program, neither here nor by what reads one from a file: a step names a layer, or calls a function
+or a method of a tensor, and running it is a loop. torch.compile and torch.export see through the loop.
 """
 
-import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .float_layers import Repeat, StackedConstant, StackedConv2d, StackedLinear, StackedNorm
-from .integer import CodesMaxPool2d
-from .kinds import LARGEST_NUMBER, LayerKind, ProgramError, Settings, object_of
-from .layers import PackedConv2d, PackedLinear
+from .kinds import ProgramError
 
-MOST_NODES = 100_000
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "truediv": operator.truediv,
-    "floordiv": operator.floordiv,
-    "neg": operator.neg,
-    "getitem": operator.getitem,
-    "getattr": getattr,
-    "eq": operator.eq,
-    "cat": torch.cat,
-    "flatten": torch.flatten,
-    "mean": torch.mean,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "torch.relu": torch.relu,
-    "torch.add": torch.add,
-    "torch.mul": torch.mul,
-    "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
-    "avg_pool2d": F.avg_pool2d,
-    "gelu": F.gelu,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "max_pool2d": F.max_pool2d,
-    "normalize": F.normalize,
-    "pad": F.pad,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "scaled_dot_product_attention": F.scaled_dot_product_attention,
-    "silu": F.silu,
-    "softmax": F.softmax,
-}
-_NAMES = {function: name for name, function in FUNCTIONS.items()}
-
-METHODS = frozenset(
-    [
-        *("add", "chunk", "contiguous", "expand", "flatten", "mean", "mul", "permute", "relu", "reshape", "sigmoid"),
-        *("size", "softmax", "split", "squeeze", "sub", "sum", "tanh", "transpose", "unbind", "unflatten"),
-        *("unsqueeze", "view"),
-    ]
-)
-
-# Modules without tensors, and the attributes that their constructors take.
-MODULES: dict[type[nn.Module], tuple[str, ...]] = {
-    CodesMaxPool2d: ("kernel_size", "stride", "padding"),
-    nn.AdaptiveAvgPool2d: ("output_size",),
-    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
-    nn.Flatten: ("start_dim", "end_dim"),
-    nn.GELU: ("approximate",),
-    nn.Hardsigmoid: (),
-    nn.Hardswish: (),
-    nn.Hardtanh: ("min_val", "max_val"),
-    nn.LeakyReLU: ("negative_slope",),
-    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
-    nn.ReLU: (),
-    nn.ReLU6: (),
-    nn.SiLU: (),
-    nn.Sigmoid: (),
-    nn.Softmax: ("dim",),
-    nn.Tanh: (),
-}
-
-# Our own layers, by the name of their type.
-LAYERS: dict[str, type[LayerKind]] = {
-    kind.__name__: kind
-    for kind in (PackedConv2d, PackedLinear, StackedConv2d, StackedLinear, StackedNorm, StackedConstant, Repeat)
-}
-_MODULE_TYPES = {kind.__name__: kind for kind in MODULES}
+LARGEST_SIZE = 2**48  # of a number that a program computes from the images' sizes
+LARGEST_SHAPE = 1024  # of several of them
 
 
-# Writing ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Ref:
+    """In the arguments of a step: the result of an earlier one, or the images."""
+
+    name: str
 
 
-def program_json(program: fx.GraphModule) -> dict[str, Any]:
-    """Layers and nodes of a program, in plain types.
+@dataclass(frozen=True)
+class Step:
+    """One call.
 
-    Raises:
-        ProgramError: naming the function or module that the format does not know.
+    Attributes:
+        name: of its result.
+        op: what it calls: a layer by its name, a function, or a method of its first argument by its name.
+        target: that name, or the function.
+        args, kwargs: plain values and Refs, also inside of tuples, lists and slices.
     """
-    called = {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
-    layers = {name: layer_json(module, name) for name, module in program.named_modules() if name in called}
-    return {"layers": layers, "nodes": [_node_json(node) for node in program.graph.nodes]}
+
+    name: str
+    op: Literal["layer", "function", "method"]
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def uses(self) -> list[str]:
+        """The names of the results that it takes."""
+        names: list[str] = []
+        mapped((self.args, self.kwargs), Ref, lambda ref: names.append(ref.name))
+        return names
 
 
-def layer_json(module: nn.Module, name: str) -> dict[str, Any]:
-    """The type of a layer and what rebuilds it, without its tensors."""
-    kind = type(module).__name__
-    if isinstance(module, LayerKind) and LAYERS.get(kind) is type(module):
-        return {"type": kind, **module.settings(), **({"shared": module.shared} if module.shares else {})}
-    if type(module) in MODULES:
-        return {"type": kind, **{key: _value_json(getattr(module, key)) for key in MODULES[type(module)]}}
-    raise ProgramError(f"{name} is a {kind}, which the format does not know")
+class Program(nn.Module):
+    """Steps over layers: images [N, ...] to [M * N, classes]."""
+
+    def __init__(self, input: str, steps: Sequence[Step], output: Ref, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self._input, self._steps, self._output = input, tuple(steps), output
+        last = {step.name: i for i, step in enumerate(steps)}
+        last |= {name: i for i, step in enumerate(steps) for name in step.uses}
+        # What is not needed after each step: a result is kept no longer than it is used.
+        self._done_after: list[list[str]] = [[] for _ in steps]
+        for name, i in last.items():
+            if name != output.name:
+                self._done_after[i].append(name)
+        for name, layer in layers.items():
+            self.put_layer(name, layer)
+        self.eval()
+
+    @classmethod
+    def from_graph(cls, module: fx.GraphModule) -> "Program":
+        """What a traced graph computes; its layers are taken over."""
+        start, *nodes, end = module.graph.nodes
+        steps = [
+            Step(node.name, _OPS[node.op], node.target, _with_refs(node.args), _with_refs(node.kwargs))
+            for node in nodes
+        ]
+        layers = {step.target: module.get_submodule(step.target) for step in steps if step.op == "layer"}
+        return cls(start.name, steps, _with_refs(end.args[0]), layers)
+
+    @property
+    def input(self) -> str:
+        """The name under which steps take the images."""
+        return self._input
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """In the order in which they run."""
+        return self._steps
+
+    @property
+    def output(self) -> Ref:
+        """The result that is the program's."""
+        return self._output
+
+    # Layers are kept as children, so that whoever walks modules finds them, but looked up as such and never as
+    # attributes: a model may call a layer `steps`.
+
+    def layer(self, name: str) -> nn.Module:
+        """The layer of that name, "block.0.conv" being `conv` of `0` of `block`."""
+        module: nn.Module = self
+        for part in name.split("."):
+            module = module._modules[part]  # type: ignore[assignment]
+        return module
+
+    def put_layer(self, name: str, layer: nn.Module) -> None:
+        """Put a layer under a name, in place of what is there."""
+        *owners, own = name.split(".")
+        module: nn.Module = self
+        for part in owners:
+            module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+        module._modules[own] = layer
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Name -> layer, of those that steps call, in the order in which they are called first."""
+        return {step.target: self.layer(step.target) for step in self._steps if step.op == "layer"}
+
+    def callers(self, layer: str) -> list[Step]:
+        """The steps that call a layer."""
+        return [step for step in self._steps if step.op == "layer" and step.target == layer]
+
+    def users(self, name: str) -> list[Step]:
+        """The steps that take the result `name`."""
+        return [step for step in self._steps if name in step.uses]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the steps.
+
+        Raises:
+            ProgramError: for numbers that no image is large enough for.
+        """
+        values: dict[str, Any] = {self._input: x}
+
+        def value_of(ref: Ref) -> Any:
+            return values[ref.name]
+
+        for step, done in zip(self._steps, self._done_after, strict=True):
+            args, kwargs = mapped(step.args, Ref, value_of), mapped(step.kwargs, Ref, value_of)
+            if step.op == "layer":
+                value = self.layer(step.target)(*args, **kwargs)
+            elif step.op == "method":
+                value = getattr(args[0], step.target)(*args[1:], **kwargs)
+            else:
+                value = step.target(*args, **kwargs)
+                if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+                    raise ProgramError(f"{step.name} is a number beyond {LARGEST_SIZE}")
+                if isinstance(value, tuple) and len(value) > LARGEST_SHAPE:
+                    raise ProgramError(f"{step.name} is a shape of more than {LARGEST_SHAPE} sizes")
+            values[step.name] = value
+            for name in done:
+                del values[name]
+        return values[self._output.name]
 
 
-def _value_json(value: Any) -> Any:
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
+_OPS: dict[str, Any] = {"call_module": "layer", "call_function": "function", "call_method": "method"}
+
+
+def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A value with `change(part)` in place of each part of that kind, in tuples, lists, dicts and slices."""
+    if isinstance(value, kind):
+        return change(value)
     if isinstance(value, tuple):
-        return {"tuple": [_value_json(v) for v in value]}
+        return tuple([mapped(part, kind, change) for part in value])
     if isinstance(value, list):
-        return [_value_json(v) for v in value]
-    if isinstance(value, slice):
-        return {"slice": [_value_json(v) for v in (value.start, value.stop, value.step)]}
-    if value is Ellipsis:
-        return {"ellipsis": True}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ProgramError(f"the format has no {type(value).__name__}")
-
-
-def _node_json(node: fx.Node) -> dict[str, Any]:
-    kind: dict[str, Any] = {"name": node.name}
-    if node.op == "placeholder":
-        return kind | {"op": "input"}
-    if node.op == "output":
-        return kind | {"op": "output", "args": _value_json(list(node.args))}
-    if node.op == "call_module":
-        kind |= {"op": "layer", "layer": str(node.target)}
-    elif node.op == "call_method" and node.target in METHODS:
-        kind |= {"op": "method", "method": str(node.target)}
-    elif node.op == "call_function" and node.target in _NAMES:
-        kind |= {"op": "function", "function": _NAMES[node.target]}  # type: ignore[index]
-    else:
-        raise ProgramError(f"{node.name} calls {node.target}, which the format does not know")
-    return kind | {"args": _value_json(list(node.args)), "kwargs": {k: _value_json(v) for k, v in node.kwargs.items()}}
-
-
-# Reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_program(plain: dict[str, Any], members: int) -> fx.GraphModule:
-    """The program that `program_json` wrote, on the meta device: its tensors have shapes and no memory.
-
-    Raises:
-        ProgramError: for anything that is not a program of `members` members.
-    """
-    with torch.device("meta"):
-        modules = {name: read_layer(layer, name, members) for name, layer in object_of(plain.get("layers")).items()}
-    nodes = plain.get("nodes")
-    if not isinstance(nodes, list) or len(nodes) > MOST_NODES:
-        raise ProgramError("nodes must be a list")
-    graph = fx.Graph()
-    made: dict[str, fx.Node] = {}
-    for position, node in enumerate(nodes):
-        node = object_of(node)
-        name, op = node.get("name"), node.get("op")
-        if not isinstance(name, str) or not name.isidentifier() or name in made:
-            raise ProgramError(f"node {position} has no name of its own")
-        if (op == "input") != (position == 0) or (op == "output") != (position == len(nodes) - 1):
-            raise ProgramError("a program starts with its one input and ends with its one output")
-        if op == "input":
-            made[name] = graph.placeholder(name)
-            continue
-        args = _read_value(node.get("args", []), made)
-        kwargs = _read_value({"kwargs": node.get("kwargs", {})}, made)
-        if not isinstance(args, list):
-            raise ProgramError(f"{name} has no list of arguments")
-        if op == "output":
-            if len(args) != 1 or not isinstance(args[0], fx.Node):
-                raise ProgramError("the output is not one value")
-            graph.output(args[0])
-        else:
-            made[name] = graph.create_node(*_target(node, modules), tuple(args), kwargs, name=name)
-    program = fx.GraphModule(modules, graph)
-    program.graph.lint()
-    return program.eval()
-
-
-def _target(node: dict[str, Any], modules: dict[str, nn.Module]) -> tuple[str, Any]:
-    op, name = node["op"], node["name"]
-    if op == "layer":
-        if node.get("layer") not in modules:
-            raise ProgramError(f"{name} calls the layer {node.get('layer')!r}, which is not there")
-        return "call_module", node["layer"]
-    if op == "method":
-        if node.get("method") not in METHODS:
-            raise ProgramError(f"{name} calls the method {node.get('method')!r}, which is not on the list")
-        return "call_method", node["method"]
-    if op == "function":
-        if node.get("function") not in FUNCTIONS:
-            raise ProgramError(f"{name} calls the function {node.get('function')!r}, which is not on the list")
-        if node["function"] == "getattr" and (node["args"][1:2] != ["shape"]):
-            raise ProgramError(f"{name} reads an attribute that is not on the list")
-        return "call_function", FUNCTIONS[node["function"]]
-    raise ProgramError(f"{name} has the unknown op {op!r}")
-
-
-def _read_value(value: Any, made: dict[str, fx.Node]) -> Any:
+        return [mapped(part, kind, change) for part in value]
     if isinstance(value, dict):
-        key, inner = next(iter(value.items())) if len(value) == 1 else ("", None)
-        if key == "node":
-            if inner not in made:
-                raise ProgramError(f"the value {inner!r} is used before it is made")
-            return made[inner]
-        if key == "tuple" and isinstance(inner, list):
-            return tuple(_read_value(v, made) for v in inner)
-        if key == "slice" and isinstance(inner, list):
-            return slice(*(_read_value(v, made) for v in inner))
-        if key == "ellipsis":
-            return Ellipsis
-        if key == "kwargs":
-            return {name: _read_value(v, made) for name, v in object_of(inner).items()}
-        raise ProgramError(f"an unknown kind of value: {key!r}")
-    if isinstance(value, list):
-        return [_read_value(v, made) for v in value]
-    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= LARGEST_NUMBER:
-        raise ProgramError(f"the number {value} is too large")
+        return {name: mapped(part, kind, change) for name, part in value.items()}
+    if isinstance(value, slice):
+        return slice(*mapped((value.start, value.stop, value.step), kind, change))
     return value
 
 
-def read_layer(plain: dict[str, Any], name: str, members: int) -> nn.Module:
-    """A layer as `layer_json` wrote it. Its tensors, where their shapes are not in the JSON, are still empty."""
-    settings = Settings(plain)
-    kind = settings.plain.get("type")
-    try:
-        if kind in LAYERS:
-            layer = LAYERS[kind].from_settings(settings, members)
-            layer.shared = layer.shares and settings.flag("shared")
-            return layer
-        if kind in _MODULE_TYPES:
-            keys = MODULES[_MODULE_TYPES[kind]]
-            if settings.plain.keys() - {"type"} != set(keys):
-                raise ProgramError(f"a {kind} has {', '.join(keys) or 'no settings'}")
-            return _MODULE_TYPES[kind](**{key: _read_value(settings.plain[key], {}) for key in keys})
-    except (TypeError, ProgramError) as error:
-        raise ProgramError(f"{name}: {error}") from error
-    raise ProgramError(f"{name} has the unknown type {kind!r}")
+def _with_refs(value: Any) -> Any:
+    return mapped(value, fx.Node, lambda node: Ref(node.name))

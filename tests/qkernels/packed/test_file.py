@@ -1,6 +1,5 @@
 """The packed file: what is written is read back, and what is damaged or hostile is refused."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,13 +10,14 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from hostile_files import with_right_checksums
 from torch import nn
 
 import qkernels as qk
-from qkernels.packed import file as packed_file
+from qkernels.packed import loading
 from qkernels.packed.file import CARD, CONFIG, MODEL, PackedFileError
 from qkernels.packed.kinds import LayerKind
-from qkernels.packed.program import LAYERS
+from qkernels.packed.program_file import LAYERS
 
 
 class Net(nn.Module):
@@ -173,22 +173,6 @@ def test_damaged_files_are_refused(saved, tmp_path, seed):
         assert torch.equal(loaded.member_logits(IMAGES), ensemble.member_logits(IMAGES))
 
 
-def with_right_checksums(folder, change_config=None, change_tensors=None):
-    """Somebody changes a file and its checksums."""
-    config = json.loads((folder / CONFIG).read_text())
-    if change_tensors is not None:
-        tensors = safetensors.torch.load_file(folder / MODEL)
-        change_tensors(tensors)
-        safetensors.torch.save_file(tensors, folder / MODEL)
-    if change_config is not None:
-        change_config(config)
-    config["checksums"] = {
-        MODEL: packed_file._sha256(folder / MODEL),
-        CONFIG: packed_file._config_sha256(config),
-    }
-    (folder / CONFIG).write_text(json.dumps(config))
-
-
 def layer(config, name="conv1"):
     return config["program"]["layers"][name]
 
@@ -217,12 +201,15 @@ HOSTILE_CONFIGS = {
     "which is not there": lambda c: node(c, "layer").update(layer="conv9"),
     "'apply_', which is not on the list": lambda c: node(c, "method").update(method="apply_"),
     "function 'eval'": lambda c: node(c, "method").update(op="function", function="eval"),
-    "an attribute that is not on the list": lambda c: node(c, "method").update(
+    "takes as name 'shape', not '__class__'": lambda c: node(c, "method").update(
         op="function", function="getattr", args=[{"node": "x"}, "__class__"]
     ),
     "used before it is made": lambda c: node(c, "layer").update(args=[{"node": "later"}]),
     "unknown kind of value": lambda c: node(c, "layer").update(args=[{"import": "os"}]),
-    "is too large": lambda c: node(c, "method").update(kwargs={"dim": 2**50}),
+    "takes as keepdim true or false, not 1125899906842624": lambda c: node(c, "method").update(
+        kwargs={"keepdim": 2**50}
+    ),
+    "given dim twice": lambda c: node(c, "method").update(kwargs={"dim": 1}),
     "no name of its own": lambda c: node(c, "layer").update(name="x"),
     "no list of arguments": lambda c: node(c, "layer").update(args={"node": "x"}),
     "unknown op 'import'": lambda c: node(c, "layer").update(op="import"),
@@ -233,7 +220,7 @@ HOSTILE_CONFIGS = {
     "info and report": lambda c: c.update(info=[]),
     "version 2": lambda c: c.update(version=2),
     "is not of the format": lambda c: c.update(format="onnx"),
-    "argument 'surprise'": lambda c: c["report"].update(surprise=1),
+    "'surprise' is not a key": lambda c: c["report"].update(surprise=1),
     "has pool settings|kernel_size": lambda c: layer(c, "pool").pop("kernel_size"),
     "eps=-1": lambda c: layer(c, "norm").update(eps=-1),
 }
@@ -308,7 +295,7 @@ def test_deep_and_large_configs_are_refused(tmp_path, monkeypatch):
     (tmp_path / CONFIG).write_text("[" * 100_000)
     with pytest.raises(PackedFileError):
         qk.PackedEnsemble.load(tmp_path)
-    monkeypatch.setattr(packed_file, "LARGEST_CONFIG", 10)
+    monkeypatch.setattr(loading, "LARGEST_CONFIG", 10)
     with pytest.raises(PackedFileError, match="larger than"):
         qk.PackedEnsemble.load(tmp_path)
 

@@ -1,0 +1,233 @@
+"""Reading the folder of a packed ensemble (docs/format.md), which anyone may have made.
+
+First all that the files say is checked, against lists of what there may be and against each other, with no more memory
+than the text takes. Then the tensors are read, once, into memory that is ours, and held against the checksum. What a
+forward will take is known from then on, and refused if it is more than such a file should: `memory.py`.
+"""
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.geometry import conv_geometry
+from .file import CONFIG, FORMAT, MODEL, VERSION, Contents, PackedFileError, config_sha256, locked, nbytes_of, staged
+from .fusion import FusionReport
+from .in_turn import MembersInTurn
+from .kinds import Expected, LayerKind, ProgramError, object_of, only_keys, shown
+from .layers import PackedConv2d, PackedLinear
+from .memory import MemoryLimit, check_images
+from .program import Program
+from .program_file import read_layer, read_program
+from .tensor_file import TensorFile
+
+LARGEST_CONFIG = 4 << 20
+MOST_MEMBERS = 1024
+KEYS = ("format", "version", "members", "nbytes", "info", "report", "program", "layers", "checksums")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load(path: Path, model: nn.Module | None, limit: MemoryLimit) -> Contents:
+    """See `PackedEnsemble.load`."""
+    folder = path.parent if path.name == MODEL else path
+    for name in (CONFIG, MODEL):
+        if not (folder / name).is_file():
+            raise PackedFileError(f"{folder} is no packed ensemble: it has no {name}")
+    try:
+        return _load(folder, model, limit)
+    except PackedFileError as error:
+        raise PackedFileError(f"{folder}: {error}") from error.__cause__
+    except Exception as error:
+        # A file that nobody has thought of ends here: whoever loads files from others has one error to handle.
+        raise PackedFileError(f"{folder} is damaged or no packed ensemble: {error or type(error).__name__}") from error
+
+
+def _load(folder: Path, model: nn.Module | None, limit: MemoryLimit) -> Contents:
+    with locked(folder, exclusive=False):
+        config = _read_config(folder / CONFIG)
+        checksum = config["checksums"][MODEL]
+        rest = staged(folder, checksum)  # a save was interrupted before it could give them their name
+        file = TensorFile(rest if rest.is_file() else folder / MODEL)
+    with file:
+        members, info = config["members"], object_of(config["info"])
+        if limit.max_bytes is not None and file.nbytes > limit.max_bytes:
+            raise PackedFileError(f"its tensors take {file.nbytes:,} bytes, more than max_bytes={limit.max_bytes:,}")
+        if config.get("program") is not None:
+            program: nn.Module = read_program(config["program"], members)
+        elif model is None:
+            raise PackedFileError("its members run in turn: pass load(path, model) a float model of their architecture")
+        else:
+            program = _members_in_turn(model, members, object_of(config.get("layers")), file.entries.keys())
+        report = _read_report(config["report"])
+        tensors = Tensors(program, members)
+        tensors.expect(file)
+        if isinstance(program, Program):
+            check_images(program, members, info, limit)
+        content = file.read()
+        if file.sha256 != checksum:
+            raise PackedFileError(CHANGED)
+        tensors.fill(content)
+        if nbytes_of(program) != config["nbytes"]:
+            raise PackedFileError(f"its tensors take {nbytes_of(program)} bytes, not {shown(config['nbytes'])}")
+    return Contents(program, members, report, info)
+
+
+CHANGED = "the checksums do not match: a file was damaged or changed; copy or save it again"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json, with right checksums of its own and plausible keys."""
+    with path.open("rb") as file:
+        content = file.read(LARGEST_CONFIG + 1)
+    if len(content) > LARGEST_CONFIG:
+        raise PackedFileError(f"{CONFIG} is larger than {LARGEST_CONFIG >> 20} MiB")
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PackedFileError(f"{CONFIG} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise PackedFileError(f"{CONFIG} is not of the format {FORMAT}")
+    if config.get("version") != VERSION:
+        raise PackedFileError(f"{CONFIG} is of version {shown(config.get('version'))}; this qkernels reads {VERSION}")
+    checksums = object_of(config.get("checksums"))
+    if checksums.keys() != {MODEL, CONFIG} or checksums[CONFIG] != config_sha256(config):
+        raise PackedFileError(CHANGED)
+    if not isinstance(checksums[MODEL], str) or len(checksums[MODEL]) != 64 or not checksums[MODEL].isalnum():
+        raise PackedFileError(f"the checksum {shown(checksums[MODEL])} is none")
+    only_keys(config, KEYS)
+    members = config.get("members")
+    if type(members) is not int or not 1 <= members <= MOST_MEMBERS:
+        raise PackedFileError(f"members={shown(members)} is not a number from 1 to {MOST_MEMBERS}")
+    if missing := {"info", "report", "nbytes"} - config.keys():
+        raise PackedFileError(f"{CONFIG} has no {min(missing)}")
+    if not isinstance(config["info"], dict) or not isinstance(config["report"], dict):
+        raise PackedFileError("info and report must be objects")
+    return config
+
+
+def _read_report(plain: dict[str, Any]) -> FusionReport:
+    """What was packed and fused: names, and reasons."""
+    only_keys(plain, [field.name for field in fields(FusionReport)])
+    for name, value in plain.items():
+        texts: Any = [value] if name == "in_turn" else list(value.values()) if name == "unfused" else value
+        if type(texts) is not list or not all(text is None or isinstance(text, str) for text in texts):
+            raise ProgramError(f"report: {name} is {shown(value)}")
+    return FusionReport(**plain)
+
+
+def _members_in_turn(model: nn.Module, members: int, layers: dict[str, Any], in_file: Iterable[str]) -> MembersInTurn:
+    """Copies of a float model on the meta device, with the packed layers of each member in place of its own."""
+    names = [name for name, _ in model.named_modules() if f"members.0.{name}" in layers]
+    wanted = [f"members.{member}.{name}" for member in range(members) for name in names]
+    if set(wanted) != layers.keys() or not {f"{name}.weight_packed" for name in wanted} <= set(in_file):
+        raise PackedFileError("its layers are not those of all members, or not layers of the model")
+    read = {name: read_layer(layer, name, 1) for name, layer in layers.items()}
+    for name, layer in read.items():
+        own = model.get_submodule(name.split(".", 2)[2])
+        if not _is_like(layer, own):
+            raise PackedFileError(f"{name} is not what packing the model's {own} gives")
+    copies = []
+    for member in range(members):
+        state = model.state_dict(keep_vars=True).values()
+        copies.append(copy.deepcopy(model, {id(t): _without_memory(t) for t in state}).eval())
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            setattr(copies[-1].get_submodule(owner), attribute, read[f"members.{member}.{name}"])
+    return MembersInTurn(copies)
+
+
+def _is_like(layer: nn.Module, model_layer: nn.Module) -> bool:
+    """Whether a packed layer from a file can stand in the place of a float one."""
+    own: Any = model_layer
+    if isinstance(layer, PackedConv2d) and isinstance(model_layer, nn.Conv2d):
+        padding = "tf_same" if layer.tf_same else own.padding
+        geometry = conv_geometry(own.kernel_size, own.stride, padding, own.dilation, own.groups)
+        channels = own.in_channels, own.out_channels, own.padding_mode
+        return layer.geometry == geometry and (layer.in_channels, layer.out_channels, layer.padding_mode) == channels
+    if isinstance(layer, PackedLinear) and isinstance(model_layer, nn.Linear):
+        return (layer.in_channels, layer.out_channels) == (own.in_features, own.out_features)
+    return False
+
+
+def _without_memory(t: Tensor) -> Tensor:
+    empty = torch.empty_like(t, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+
+
+class Tensors:
+    """The tensors of a program: what a file must have for it, and how they come to their layers."""
+
+    def __init__(self, program: nn.Module, members: int) -> None:
+        self.program = program
+        self.layers = {name: layer for name, layer in program.named_modules() if isinstance(layer, LayerKind)}
+        self.expected: dict[str, Expected] = {}
+        if not isinstance(program, Program):  # float layers of the model that was given
+            self.expected = {name: Expected(t.dtype, list(t.shape)) for name, t in program.state_dict().items()}
+            members = 1
+        for name, layer in self.layers.items():
+            self.expected |= {f"{name}.{tensor}": what for tensor, what in layer.expected(members).items()}
+
+    def expect(self, file: TensorFile) -> None:
+        """Hold what a file's header says against the program, whose tensors then have shapes, but no memory.
+
+        Raises:
+            PackedFileError: naming the tensor that is missing, one too many, or of another dtype or shape.
+        """
+        there = file.entries.keys()
+        required = {name for name, what in self.expected.items() if not what.optional}
+        for name in sorted((required - there) | (there - self.expected.keys())):
+            what = "missing" if name in required else "not part of the network"
+            raise PackedFileError(f"the tensor {shown(name)} is {what}")
+        for name, entry in sorted(file.entries.items()):
+            dtype, shape, _ = self.expected[name]
+            if not _fits(entry.shape, shape):
+                raise PackedFileError(f"{name} has shape {entry.shape}, expected {_readable(shape)}")
+            if entry.dtype != dtype if dtype is not None else entry.dtype not in FLOATS:
+                raise PackedFileError(f"{name} has dtype {entry.dtype}, expected {dtype or 'a float'}")
+            self._give(name, torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+        for layer in self.layers.values():
+            layer.forget_missing()
+
+    def fill(self, content: dict[str, Tensor]) -> None:
+        """Give each layer its tensors, and have it look at them.
+
+        Raises:
+            PackedFileError: naming the tensor or the layer whose values cannot be.
+        """
+        for name, t in content.items():
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                raise PackedFileError(f"{name} holds NaN or infinity")
+            self._give(name, t)
+        for name, layer in self.layers.items():
+            try:
+                layer.check()
+            except ProgramError as error:
+                raise PackedFileError(f"{name} {error}") from error
+
+    def _give(self, name: str, t: Tensor) -> None:
+        owner_name, _, attribute = name.rpartition(".")
+        owner = self.layers.get(owner_name) or self.program.get_submodule(owner_name)
+        if isinstance(owner, LayerKind):
+            try:
+                owner.take(attribute, t)
+            except ProgramError as error:
+                raise PackedFileError(f"{name} {error}") from error
+        elif attribute in owner._buffers:
+            owner._buffers[attribute] = t
+        else:
+            owner._parameters[attribute] = nn.Parameter(t, requires_grad=False)
+
+
+def _fits(found: list[int], shape: list[Any]) -> bool:
+    if shape and shape[-1] is ...:
+        shape = shape[:-1] + [None] * (len(found) - len(shape) + 1)
+    return len(found) == len(shape) and all(want in (None, n) for n, want in zip(found, shape, strict=True))
+
+
+def _readable(shape: list[Any]) -> str:
+    return "[" + ", ".join("..." if n is ... else "any" if n is None else str(n) for n in shape) + "]"
