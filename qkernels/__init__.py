@@ -9,6 +9,8 @@ from .ops.packing import pack, unpack
 from .packed.ensemble import PackedEnsemble
 from .packed.file import PackedFileError
 from .packed.layers import PackedConv2d, PackedLinear
+from .packed.loading import sign_packed_file, verify_packed_file
+from .packed.signature import make_signing_key
 from .quantize.convert import (
     QConfig,
     QuantizationReport,
@@ -50,6 +52,7 @@ __all__ = [
     "fake_quantize_multi",
     "fuse_weights_",
     "init_scale",
+    "make_signing_key",
     "mean_abs",
     "named_scales",
     "pack",
@@ -60,6 +63,8 @@ __all__ = [
     "quantized_layers",
     "register_layer",
     "replace_file",
+    "sign_packed_file",
     "snap_",
     "unpack",
+    "verify_packed_file",
 ]

@@ -22,6 +22,8 @@ from qtdog.data.verify import VerifyConfig, verify
 from qtdog.demo import DemoConfig, run_demo
 from qtdog.deployment.ensemble import EnsembleConfig, make_ensembles
 from qtdog.deployment.packed import EvalConfig, PredictConfig, evaluate_file, predict
+from qtdog.deployment.signing import CheckSignatureConfig, SignConfig, sign
+from qtdog.deployment.signing import verify as verify_signature
 from qtdog.errors import UserError
 from qtdog.methods.numbers import Number
 from qtdog.methods.presets import PARTS, PROTOCOLS, dashed, method_names, rule_numbers
@@ -141,6 +143,31 @@ examples:
 
 The disagreement is the share of members that would have decided otherwise: where it is high, look yourself.""",
         positional=("file", "images"),
+    ),
+    "sign": Command(
+        SignConfig,
+        sign,
+        "sign a packed ensemble, so that others can tell from whom it is",
+        """\
+examples:
+  qtdog sign packed --key me.pem --new-key      # makes me.pem, for you alone, and me.pem.pub for others
+  qtdog sign packed --key me.pem
+
+The checksums in a packed ensemble catch damage; whoever changes it on purpose writes them anew, but cannot sign it.
+Saving an ensemble over it removes the signature. Needs the package cryptography: pip install 'qtdog[sign]'.""",
+        positional=("file",),
+    ),
+    "verify": Command(
+        CheckSignatureConfig,
+        verify_signature,
+        "make sure that a packed ensemble is whole, and signed by the owner of a key",
+        """\
+examples:
+  qtdog verify packed --key me.pem.pub
+  qtdog predict packed photo.jpg --require-signature me.pem.pub      # verifies what it reads, and then uses it
+
+Exit code 2 if it is not.""",
+        positional=("file",),
     ),
     "flatness": Command(
         FlatnessConfig,

@@ -143,7 +143,12 @@ class PackedEnsemble(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | Path, model: nn.Module | None = None, *, max_bytes: int | None = None
+        cls,
+        path: str | Path,
+        model: nn.Module | None = None,
+        *,
+        max_bytes: int | None = None,
+        public_key: str | Path | None = None,
     ) -> "PackedEnsemble":
         """Read what `save` wrote; neither the training code nor the model's is needed.
 
@@ -154,12 +159,14 @@ class PackedEnsemble(nn.Module):
             path: the folder, or its model.safetensors.
             model: only for an ensemble whose members run in turn: a float model of their architecture.
             max_bytes: instead of that limit; the tensors may take no more, either.
+            public_key: a PEM file; whoever owns the key must have signed the ensemble (`sign_packed_file`).
 
         Raises:
-            PackedFileError: if the file is truncated, corrupt or not what it claims to be, or takes too much memory.
+            PackedFileError: if the file is truncated, corrupt or not what it claims to be, takes too much memory, or
+                is not signed so.
         """
         limit = MemoryLimit(max_bytes)
-        ensemble = cls(*loading.load(Path(path), model, limit))
+        ensemble = cls(*loading.load(Path(path), model, limit, public_key))
         ensemble._limit = limit
         return ensemble
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ..atomic import replace_file
+from ..atomic import remove_leftovers, replace_file
 from .fusion import FusionReport
 from .memory import check_images
 from .packed_layer import PackedLayer
@@ -101,13 +101,14 @@ def save(contents: Contents, folder: Path) -> Path:
         raise FileExistsError(f"PackedEnsemble.save: {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, exclusive=True):
-        left_over = set(folder.glob(f".{MODEL}.*"))
+        stale = set(folder.glob(f".{MODEL}.*"))
+        remove_leftovers(folder)
         replace_file(staged(folder, sha256), lambda path: path.write_bytes(model))
         replace_file(folder / CONFIG, lambda path: path.write_text(text))  # from here on the folder is the new one
         os.replace(staged(folder, sha256), folder / MODEL)
         (folder / SIGNATURE).unlink(missing_ok=True)
         replace_file(folder / CARD, lambda path: path.write_text(model_card(contents)))
-        for path in left_over:
+        for path in stale:
             path.unlink(missing_ok=True)
     return folder
 

@@ -7,7 +7,8 @@ forward will take is known from then on, and refused if it is more than such a f
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .layers import PackedConv2d, PackedLinear
 from .memory import MemoryLimit, check_images
 from .program import Program
 from .program_file import read_layer, read_program
+from .signature import check_signature, read_private_key, read_public_key, write_signature
 from .tensor_file import TensorFile
 
 LARGEST_CONFIG = 4 << 20
@@ -32,31 +34,11 @@ KEYS = ("format", "version", "members", "nbytes", "info", "report", "program", "
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def load(path: Path, model: nn.Module | None, limit: MemoryLimit) -> Contents:
+def load(path: Path, model: nn.Module | None, limit: MemoryLimit, public_key: str | Path | None) -> Contents:
     """See `PackedEnsemble.load`."""
-    folder = path.parent if path.name == MODEL else path
-    for name in (CONFIG, MODEL):
-        if not (folder / name).is_file():
-            raise PackedFileError(f"{folder} is no packed ensemble: it has no {name}")
-    try:
-        return _load(folder, model, limit)
-    except PackedFileError as error:
-        raise PackedFileError(f"{folder}: {error}") from error.__cause__
-    except Exception as error:
-        # A file that nobody has thought of ends here: whoever loads files from others has one error to handle.
-        raise PackedFileError(f"{folder} is damaged or no packed ensemble: {error or type(error).__name__}") from error
-
-
-def _load(folder: Path, model: nn.Module | None, limit: MemoryLimit) -> Contents:
-    with locked(folder, exclusive=False):
-        config = _read_config(folder / CONFIG)
-        checksum = config["checksums"][MODEL]
-        rest = staged(folder, checksum)  # a save was interrupted before it could give them their name
-        file = TensorFile(rest if rest.is_file() else folder / MODEL)
-    with file:
+    key = None if public_key is None else read_public_key(public_key)
+    with _errors_of(path) as folder, _opened(folder, limit, key) as (_, config, file):
         members, info = config["members"], object_of(config["info"])
-        if limit.max_bytes is not None and file.nbytes > limit.max_bytes:
-            raise PackedFileError(f"its tensors take {file.nbytes:,} bytes, more than max_bytes={limit.max_bytes:,}")
         if config.get("program") is not None:
             program: nn.Module = read_program(config["program"], members)
         elif model is None:
@@ -68,24 +50,99 @@ def _load(folder: Path, model: nn.Module | None, limit: MemoryLimit) -> Contents
         tensors.expect(file)
         if isinstance(program, Program):
             check_images(program, members, info, limit)
-        content = file.read()
-        if file.sha256 != checksum:
-            raise PackedFileError(CHANGED)
-        tensors.fill(content)
+        tensors.fill(_read_tensors(config, file))
         if nbytes_of(program) != config["nbytes"]:
             raise PackedFileError(f"its tensors take {nbytes_of(program)} bytes, not {shown(config['nbytes'])}")
     return Contents(program, members, report, info)
 
 
+def sign_packed_file(path: str | Path, private_key: str | Path) -> Path:
+    """Write signature.json into the folder of a packed ensemble that is whole. Returns it.
+
+    Args:
+        path: the folder, or its model.safetensors.
+        private_key: a PEM file of an Ed25519 key without a password, from `make_signing_key` or `openssl genpkey`.
+
+    Raises:
+        PackedFileError: if the ensemble is not whole.
+        ImportError: without the package `cryptography`.
+        ValueError: if the key is none.
+    """
+    key = read_private_key(private_key)
+    with _errors_of(Path(path)) as folder, _opened(folder, MemoryLimit(), None) as (content, config, file):
+        _read_tensors(config, file)
+    return write_signature(folder, content, key)
+
+
+def verify_packed_file(path: str | Path, public_key: str | Path) -> None:
+    """Make sure that a packed ensemble is whole, and signed by the owner of a key.
+
+    Args:
+        path: the folder, or its model.safetensors.
+        public_key: a PEM file of an Ed25519 key.
+
+    Raises:
+        PackedFileError: if not.
+        ImportError: without the package `cryptography`.
+        ValueError: if the key is none.
+    """
+    key = read_public_key(public_key)
+    with _errors_of(Path(path)) as folder, _opened(folder, MemoryLimit(), key) as (_, config, file):
+        _read_tensors(config, file)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[Path]:
+    """The folder of a path; whatever is raised is a PackedFileError that names it."""
+    folder = path.parent if path.name == MODEL else path
+    try:
+        yield folder
+    except PackedFileError as error:
+        raise PackedFileError(f"{folder}: {error}") from error.__cause__
+    except Exception as error:
+        # A file that nobody has thought of ends here: whoever loads files from others has one error to handle.
+        raise PackedFileError(f"{folder} is damaged or no packed ensemble: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _opened(folder: Path, limit: MemoryLimit, key: Any) -> Iterator[tuple[bytes, dict[str, Any], TensorFile]]:
+    """config.json, to the byte and as it is read, and the tensors that belong to it, of which the header is read."""
+    for name in (CONFIG, MODEL):
+        if not (folder / name).is_file():
+            raise PackedFileError(f"it is no packed ensemble: it has no {name}")
+    with locked(folder, exclusive=False):
+        content = _read_limited(folder / CONFIG)
+        if key is not None:
+            check_signature(folder, content, key)
+        config = _config(content)
+        rest = staged(folder, config["checksums"][MODEL])  # a save was interrupted before it gave them their name
+        file = TensorFile(rest if rest.is_file() else folder / MODEL)
+    with file:
+        if limit.max_bytes is not None and file.nbytes > limit.max_bytes:
+            raise PackedFileError(f"its tensors take {file.nbytes:,} bytes, more than max_bytes={limit.max_bytes:,}")
+        yield content, config, file
+
+
+def _read_tensors(config: dict[str, Any], file: TensorFile) -> dict[str, Tensor]:
+    content = file.read()
+    if file.sha256 != config["checksums"][MODEL]:
+        raise PackedFileError(CHANGED)
+    return content
+
+
 CHANGED = "the checksums do not match: a file was damaged or changed; copy or save it again"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """config.json, with right checksums of its own and plausible keys."""
+def _read_limited(path: Path) -> bytes:
     with path.open("rb") as file:
         content = file.read(LARGEST_CONFIG + 1)
     if len(content) > LARGEST_CONFIG:
         raise PackedFileError(f"{CONFIG} is larger than {LARGEST_CONFIG >> 20} MiB")
+    return content
+
+
+def _config(content: bytes) -> dict[str, Any]:
+    """config.json, with right checksums of its own and plausible keys."""
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:

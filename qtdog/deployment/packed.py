@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 import qkernels as qk
 from qtdog.config import Device
-from qtdog.data import DomainSet, Preprocessing, load_dataset
+from qtdog.data import DomainSet, load_dataset
 from qtdog.data.images import plain_transform, read_image
 from qtdog.data.loaders import EvaluationImages, Part
+from qtdog.deployment.info import info_of, preprocessing_of
 from qtdog.environment import pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.log import Log
@@ -53,25 +54,34 @@ def calibration_batches(parts: Sequence[Part], images: int, device: torch.device
     return [part.domain.images(indices, False).to(device) for part, indices in chunks if indices]
 
 
-def read_ensemble(file: str, device: torch.device) -> qk.PackedEnsemble:
-    """A packed ensemble; UserError if there is none or it is damaged."""
+def read_ensemble(file: str, device: torch.device, public_key: str | None) -> tuple[qk.PackedEnsemble, dict[str, Any]]:
+    """A packed ensemble, and what it says of itself.
+
+    Raises:
+        UserError: if there is none, it is damaged, or not signed by the owner of `public_key`, where one is given.
+    """
     if not file:
         raise UserError("name a packed ensemble: the folder `packed` that `qtdog ensemble` wrote")
     try:
-        return qk.PackedEnsemble.load(file).to(device)
-    except qk.PackedFileError as error:
+        ensemble = qk.PackedEnsemble.load(file, public_key=public_key).to(device)
+    except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+    return ensemble, info_of(ensemble, file)
 
 
-def preprocessing_of(ensemble: qk.PackedEnsemble, file: str) -> Preprocessing | None:
-    """How to prepare images; None for digits, which are taken as they are."""
-    try:
-        stored = ensemble.info["preprocessing"]
-        return (
-            None if stored is None else Preprocessing(stored["image_size"], tuple(stored["mean"]), tuple(stored["std"]))
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} does not say how images are prepared: save(preprocessing=..., classes=...)") from error
+def answerer(ensemble: qk.PackedEnsemble, info: dict[str, Any], file: str) -> Callable[[Tensor], Tensor]:
+    """What gives the members' logits for images; UserError where the ensemble cannot take them."""
+
+    def answer(images: Tensor) -> Tensor:
+        try:
+            logits = ensemble.member_logits(images)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise UserError(f"{file} cannot take images of shape {list(images.shape)}: {error}") from error
+        if "classes" in info and logits.shape[1:] != (len(images), len(info["classes"])):
+            raise UserError(f"{file} names {len(info['classes'])} classes, its network gives {list(logits.shape)}")
+        return logits
+
+    return answer
 
 
 # qtdog eval ------------------------------------------------------------------------------------------------------
@@ -89,6 +99,8 @@ def parts_to_judge(info: dict[str, Any], dataset: DomainSet) -> list[tuple[Part,
         if dataset.name != info.get("dataset") or domain.name not in info.get("domains", []):
             judged.append((Part(domain, env, list(everything)), "never seen"))
             continue
+        if missing := {"holdout_fraction", "trial_seed", "target"} - info.keys():
+            raise UserError(f"the packed ensemble was trained on these domains, but does not say its {min(missing)}")
         inner, outer = dataset.split(env, info["holdout_fraction"], info["trial_seed"])
         target = domain.name == info["target"]
         judged.append((Part(domain, env, inner if target else outer), "target" if target else "source, held out"))
@@ -104,16 +116,16 @@ class EvalConfig:
     dataset: Annotated[str | None, "which data (default: the one it was trained on)"] = None
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
     num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None
+    require_signature: Annotated[str | None, "public key of whoever must have signed the file: see `qtdog sign`"] = None
 
 
 def evaluate_file(config: EvalConfig) -> dict[str, float]:
     """Print the accuracy of a packed ensemble on each domain of a data set; returns it by domain, in 0..1."""
     log = Log()
     device = pick_device(config.device)
-    ensemble = read_ensemble(config.file, device)
-    info = ensemble.info
+    ensemble, info = read_ensemble(config.file, device, config.require_signature)
     name = config.dataset or info.get("data_kind", "folder")
-    preprocessing = preprocessing_of(ensemble, config.file)
+    preprocessing = preprocessing_of(info)
     dataset = load_dataset(name, config.data_dir, preprocessing, log)
     if dataset.classes != info.get("classes"):
         raise UserError(f"the data has the classes {dataset.classes}, {config.file} {info.get('classes')}")
@@ -122,10 +134,11 @@ def evaluate_file(config: EvalConfig) -> dict[str, float]:
         f"{info.get('architecture', 'packed ensemble')}, {ensemble.members} members, {ensemble.nbytes:,} bytes, "
         f"{'integer' if ensemble.integer else 'float'} activations, on {dataset.source}"
     )
+    answer = answerer(ensemble, info, config.file)
     accuracies = {}
     for part, role in tqdm(parts_to_judge(info, dataset), desc="evaluating", disable=None):
         images, combine = EvaluationImages(part, workers), info.get("combine", "logits")
-        together, alone = member_accuracies(ensemble.member_logits, images, combine, device)
+        together, alone = member_accuracies(answer, images, combine, device)
         accuracies[part.domain.name] = together
         singles = ", ".join(f"{100 * one:.1f}" for one in alone)
         log(
@@ -160,15 +173,16 @@ class PredictConfig:
     top: Annotated[int, "how many classes to print"] = 3
     json: Annotated[bool, "print one JSON object an image"] = False
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
+    require_signature: Annotated[str | None, "public key of whoever must have signed the file: see `qtdog sign`"] = None
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """Print the most likely classes of each image and how far the members disagree; returns the same as records."""
     device = pick_device(config.device)
-    ensemble = read_ensemble(config.file, device)
-    info = ensemble.info
+    ensemble, info = read_ensemble(config.file, device, config.require_signature)
+    answer = answerer(ensemble, info, config.file)
     classes = info.get("classes")
-    preprocessing = preprocessing_of(ensemble, config.file)
+    preprocessing = preprocessing_of(info)
     transform = digit_transform(info["image_shape"]) if preprocessing is None else plain_transform(preprocessing)
     if not config.images:
         raise UserError("name the images to predict: qtdog predict FILE IMAGE...")
@@ -178,7 +192,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     records = []
     for image in config.images:
         batch = transform(read_image(Path(image)))[None].to(device)
-        logits = ensemble.member_logits(batch).float().cpu()
+        logits = answer(batch).float().cpu()
         probabilities = combine_logits(logits, info.get("combine", "logits"))[0]
         votes = logits[:, 0].argmax(-1)
         best = probabilities.argsort(descending=True)[: max(1, config.top)].tolist()
