@@ -13,13 +13,10 @@ from ..quantize.convert import quantized_layers
 from ..quantize.layers import QuantizedLayer
 from ..quantize.registry import QUANTIZED_TYPES
 from . import file, loading
-from .file import Contents, PackedFileError, nbytes_of, works_on_integers
+from .file import Contents, nbytes_of, works_on_integers
 from .fusion import FusionReport, eval_mode, stack_members
 from .in_turn import MembersInTurn, pack_layers_
 from .integer import IntegerReport, Method, to_integer_
-from .kinds import ProgramError
-from .memory import MemoryLimit
-from .program import Program
 from .stacking import NOTHING_IN_EVAL
 from .tracing import CannotStack
 
@@ -49,7 +46,6 @@ class PackedEnsemble(nn.Module):
         self.members = members
         self.report = report
         self.info = info or {}
-        self._limit: MemoryLimit | None = None  # of what comes from a file
         self.eval()
 
     @classmethod
@@ -78,18 +74,13 @@ class PackedEnsemble(nn.Module):
         report = FusionReport(packed, floating, in_turn=why)
         return cls(MembersInTurn(copies), len(models), report, info)
 
-    def _check_memory(self, x: Tensor, limit: MemoryLimit) -> None:
-        if isinstance(self.program, Program):
-            try:
-                limit.check(self.program, self.members, x)
-            except ProgramError as error:
-                raise PackedFileError(f"PackedEnsemble: {error}") from error
-
     @torch.no_grad()
     def member_logits(self, x: Tensor) -> Tensor:
-        """Images [N, ...] to each member's logits [M, N, classes]."""
-        if self._limit is not None and not torch.compiler.is_compiling():
-            self._check_memory(x, self._limit)
+        """Images [N, ...] to each member's logits [M, N, classes].
+
+        Raises:
+            PackedFileError: if a network from a file would take more memory than it may: see `load`.
+        """
         return self.program(x).unflatten(0, (self.members, -1))
 
     def forward(self, x: Tensor, combine: Combine = "logits") -> Tensor:
@@ -165,10 +156,7 @@ class PackedEnsemble(nn.Module):
             PackedFileError: if the file is truncated, corrupt or not what it claims to be, takes too much memory, or
                 is not signed so.
         """
-        limit = MemoryLimit(max_bytes)
-        ensemble = cls(*loading.load(Path(path), model, limit, public_key))
-        ensemble._limit = limit
-        return ensemble
+        return cls(*loading.load(Path(path), model, max_bytes, public_key))
 
     def extra_repr(self) -> str:
         return f"members={self.members}, nbytes={self.nbytes:,}, integer={self.integer}"

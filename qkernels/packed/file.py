@@ -21,7 +21,7 @@ from torch import nn
 
 from ..atomic import remove_leftovers, replace_file
 from .fusion import FusionReport
-from .memory import check_images
+from .kinds import PackedFileError as PackedFileError
 from .packed_layer import PackedLayer
 from .program import Program
 from .program_file import layer_json, program_json, read_layer, read_program
@@ -29,10 +29,6 @@ from .program_file import layer_json, program_json, read_layer, read_program
 FORMAT = "qkernels.packed_ensemble"
 VERSION = 1
 MODEL, CONFIG, CARD, SIGNATURE = "model.safetensors", "config.json", "README.md", "signature.json"
-
-
-class PackedFileError(ValueError):
-    """A packed file that is truncated, corrupt or not what it claims to be."""
 
 
 class Contents(NamedTuple):
@@ -118,7 +114,7 @@ def _config(contents: Contents) -> dict[str, Any]:
 
     Raises:
         ProgramError: for what could not be read back.
-        TypeError, ValueError: for an `info` that cannot be written.
+        TypeError: for an `info` that is not made of plain types.
     """
     program, members, report, info = contents
     config: dict[str, Any] = {
@@ -139,7 +135,6 @@ def _config(contents: Contents) -> dict[str, Any]:
         raise TypeError(f"PackedEnsemble.save: info must hold plain types only: {error}") from error
     if isinstance(program, Program):
         read_program(written["program"], members)
-        check_images(program, members, info)
     else:
         for name, layer in written["layers"].items():
             read_layer(layer, name, 1)

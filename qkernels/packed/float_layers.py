@@ -33,6 +33,14 @@ def check_bias(weight: Tensor, bias: Tensor | None) -> None:
         raise ProgramError(f"has weight {list(weight.shape)} and bias {list(bias.shape)}")
 
 
+def elements_of_conv(g: Geometry, out_channels: int, channels: int, height: int, width: int) -> int:
+    """Of the result of a convolution of one image, and of the copy of the image with its padding."""
+    top, left, bottom, right = g.padding
+    h, w = g.output_size(height, width)
+    repeated = out_channels // g.groups if g.groups == channels else 1  # channels of a depthwise one
+    return channels * max(1, repeated) * (height + top + bottom) * (width + left + right) + out_channels * max(h * w, 0)
+
+
 def by_member(x: Tensor, members: int, shared: bool) -> Tensor:
     """[M, N, ...] of images [M * N, ...], or of the [N, ...] that all members share."""
     return x.expand(members, *x.shape) if shared else x.unflatten(0, (members, -1))
@@ -86,8 +94,16 @@ class StackedConv2d(LayerKind):
         self.bias = (bias * factor + shift).to(self.weight.dtype)
         self.weight = (self.weight.double() * factor[:, :, None, None, None]).to(self.weight.dtype)
 
+    def most_elements(self, x: Tensor) -> int:
+        members, out = self.weight.shape[:2]
+        images = x.shape[0] * (members if self.shared else 1)
+        return self.weight.numel() + images * elements_of_conv(self._geometry(x), out, *x.shape[1:])
+
+    def _geometry(self, x: Tensor) -> Geometry:
+        return self.geometry.tf_same(*x.shape[2:]) if self.tf_same else self.geometry
+
     def forward(self, x: Tensor) -> Tensor:
-        g = self.geometry.tf_same(*x.shape[2:]) if self.tf_same else self.geometry
+        g = self._geometry(x)
         top, left, bottom, right = g.padding
         results = [
             F.conv2d(
@@ -136,6 +152,11 @@ class StackedLinear(LayerKind):
 
     def check(self) -> None:
         check_bias(self.weight, self.bias)
+
+    def most_elements(self, x: Tensor) -> int:
+        members, out, depth = self.weight.shape
+        rows = x.numel() // max(1, depth) * (members if self.shared else 1)
+        return self.weight.numel() + 2 * rows * out
 
     def forward(self, x: Tensor) -> Tensor:
         members, out, _ = self.weight.shape
@@ -221,6 +242,9 @@ class StackedNorm(LayerKind):
         if self.weight.shape != self.bias.shape:
             raise ProgramError(f"has weight {list(self.weight.shape)} and bias {list(self.bias.shape)}")
 
+    def most_elements(self, x: Tensor) -> int:
+        return 3 * x.numel() * (self.weight.shape[0] if self.shared else 1)
+
     def forward(self, x: Tensor) -> Tensor:
         channels = self.weight.shape[1:]
         if self.kind == "group":
@@ -254,6 +278,9 @@ class StackedConstant(LayerKind):
     def expected(self, members: int) -> dict[str, Expected]:
         return {"value": Expected(None, [members, 1, ...])}
 
+    def most_elements(self, x: Tensor) -> int:
+        return 2 * self.value.numel() * x.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """The value repeated for the images of x [M * N, ...]."""
         members = self.value.shape[0]
@@ -276,6 +303,9 @@ class Repeat(LayerKind):
     @classmethod
     def from_settings(cls, settings: Settings, members: int) -> "Repeat":
         return cls(members)
+
+    def most_elements(self, x: Tensor) -> int:
+        return self.members * x.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         return x.expand(self.members, *x.shape).flatten(0, 1)

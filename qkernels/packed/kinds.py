@@ -17,8 +17,12 @@ from ..ops.geometry import Geometry
 LARGEST_NUMBER = 2**20  # of a setting, or of what a program passes to a function: no file needs more
 
 
-class ProgramError(ValueError):
-    """A program that cannot be written, or read."""
+class PackedFileError(ValueError):
+    """A packed file that is truncated, corrupt or not what it claims to be, or takes too much memory."""
+
+
+class ProgramError(PackedFileError):
+    """A program that a file cannot hold, or should not."""
 
 
 class Expected(NamedTuple):
@@ -53,6 +57,10 @@ class LayerKind(nn.Module):
         Raises:
             ProgramError: for settings that no layer of the kind has.
         """
+        raise NotImplementedError
+
+    def most_elements(self, x: Tensor) -> int:
+        """How many elements a forward on x makes at most, of its result and on the way to it."""
         raise NotImplementedError
 
     def expected(self, members: int) -> dict[str, Expected]:

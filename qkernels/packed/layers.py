@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops.geometry import Geometry, conv_geometry
 from ..ops.packed_gemv import packed_gemv
 from ..quantize.layers import QuantizedLayer
+from .float_layers import elements_of_conv
 from .kinds import ProgramError, Settings, geometry_settings
 from .packed_layer import INTEGERS, PackedLayer, bits_of, images_of
 
@@ -84,6 +85,11 @@ class PackedConv2d(PackedLayer):
         layer._follow(settings)
         return layer
 
+    def most_elements(self, x: Tensor, residual: Tensor | None = None) -> int:
+        geometry = self.geometry.tf_same(x.shape[2], x.shape[3]) if self.tf_same else self.geometry
+        images = x.shape[0] * (self.members if self.shared else 1)
+        return 2 * images * elements_of_conv(geometry, self.out_channels, *x.shape[1:])
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Images or codes [M * N, C_in, H, W], or [N, ...] where they are shared, to [M * N, C_out, H', W'].
 
@@ -124,6 +130,10 @@ class PackedLinear(PackedLayer):
         layer = cls(*sizes, bits=bits_of(settings, members))
         layer._follow(settings)
         return layer
+
+    def most_elements(self, x: Tensor, residual: Tensor | None = None) -> int:
+        rows = x.numel() // self.in_channels * (self.members if self.shared else 1)
+        return rows * (self.in_channels + 2 * self.out_channels)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Floats or codes [M * N, ..., in], or [N, ...] where they are shared, to [M * N, ..., out].

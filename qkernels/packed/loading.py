@@ -2,7 +2,7 @@
 
 First all that the files say is checked, against lists of what there may be and against each other, with no more memory
 than the text takes. Then the tensors are read, once, into memory that is ours, and held against the checksum. What a
-forward will take is known from then on, and refused if it is more than such a file should: `memory.py`.
+forward may take is up to `memory.py`.
 """
 
 import copy
@@ -22,7 +22,7 @@ from .fusion import FusionReport
 from .in_turn import MembersInTurn
 from .kinds import Expected, LayerKind, ProgramError, object_of, only_keys, shown
 from .layers import PackedConv2d, PackedLinear
-from .memory import MemoryLimit, check_images
+from .memory import MemoryLimit
 from .program import Program
 from .program_file import read_layer, read_program
 from .signature import check_signature, read_private_key, read_public_key, write_signature
@@ -34,10 +34,10 @@ KEYS = ("format", "version", "members", "nbytes", "info", "report", "program", "
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def load(path: Path, model: nn.Module | None, limit: MemoryLimit, public_key: str | Path | None) -> Contents:
+def load(path: Path, model: nn.Module | None, max_bytes: int | None, public_key: str | Path | None) -> Contents:
     """See `PackedEnsemble.load`."""
     key = None if public_key is None else read_public_key(public_key)
-    with _errors_of(path) as folder, _opened(folder, limit, key) as (_, config, file):
+    with _errors_of(path) as folder, _opened(folder, max_bytes, key) as (_, config, file):
         members, info = config["members"], object_of(config["info"])
         if config.get("program") is not None:
             program: nn.Module = read_program(config["program"], members)
@@ -48,11 +48,11 @@ def load(path: Path, model: nn.Module | None, limit: MemoryLimit, public_key: st
         report = _read_report(config["report"])
         tensors = Tensors(program, members)
         tensors.expect(file)
-        if isinstance(program, Program):
-            check_images(program, members, info, limit)
         tensors.fill(_read_tensors(config, file))
         if nbytes_of(program) != config["nbytes"]:
             raise PackedFileError(f"its tensors take {nbytes_of(program)} bytes, not {shown(config['nbytes'])}")
+        if isinstance(program, Program):
+            program.limit = MemoryLimit(members, file.nbytes, max_bytes)
     return Contents(program, members, report, info)
 
 
@@ -69,7 +69,7 @@ def sign_packed_file(path: str | Path, private_key: str | Path) -> Path:
         ValueError: if the key is none.
     """
     key = read_private_key(private_key)
-    with _errors_of(Path(path)) as folder, _opened(folder, MemoryLimit(), None) as (content, config, file):
+    with _errors_of(Path(path)) as folder, _opened(folder, None, None) as (content, config, file):
         _read_tensors(config, file)
     return write_signature(folder, content, key)
 
@@ -87,7 +87,7 @@ def verify_packed_file(path: str | Path, public_key: str | Path) -> None:
         ValueError: if the key is none.
     """
     key = read_public_key(public_key)
-    with _errors_of(Path(path)) as folder, _opened(folder, MemoryLimit(), key) as (_, config, file):
+    with _errors_of(Path(path)) as folder, _opened(folder, None, key) as (_, config, file):
         _read_tensors(config, file)
 
 
@@ -105,7 +105,7 @@ def _errors_of(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(folder: Path, limit: MemoryLimit, key: Any) -> Iterator[tuple[bytes, dict[str, Any], TensorFile]]:
+def _opened(folder: Path, max_bytes: int | None, key: Any) -> Iterator[tuple[bytes, dict[str, Any], TensorFile]]:
     """config.json, to the byte and as it is read, and the tensors that belong to it, of which the header is read."""
     for name in (CONFIG, MODEL):
         if not (folder / name).is_file():
@@ -118,8 +118,8 @@ def _opened(folder: Path, limit: MemoryLimit, key: Any) -> Iterator[tuple[bytes,
         rest = staged(folder, config["checksums"][MODEL])  # a save was interrupted before it gave them their name
         file = TensorFile(rest if rest.is_file() else folder / MODEL)
     with file:
-        if limit.max_bytes is not None and file.nbytes > limit.max_bytes:
-            raise PackedFileError(f"its tensors take {file.nbytes:,} bytes, more than max_bytes={limit.max_bytes:,}")
+        if max_bytes is not None and file.nbytes > max_bytes:
+            raise PackedFileError(f"its tensors take {file.nbytes:,} bytes, more than max_bytes={max_bytes:,}")
         yield content, config, file
 
 
@@ -212,7 +212,7 @@ def _is_like(layer: nn.Module, model_layer: nn.Module) -> bool:
 
 
 def _without_memory(t: Tensor) -> Tensor:
-    empty = torch.empty_like(t, device="meta")
+    empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
 
 
@@ -257,7 +257,9 @@ class Tensors:
             PackedFileError: naming the tensor or the layer whose values cannot be.
         """
         for name, t in content.items():
-            if t.is_floating_point() and not bool(t.isfinite().all()):
+            # A piece at a time: what finds out takes memory, too.
+            pieces = t.flatten().split(1 << 20) if t.is_floating_point() else ()
+            if not all(bool(piece.isfinite().all()) for piece in pieces):
                 raise PackedFileError(f"{name} holds NaN or infinity")
             self._give(name, t)
         for name, layer in self.layers.items():

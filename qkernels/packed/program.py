@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 
 from .kinds import ProgramError
@@ -48,12 +49,21 @@ class Step:
         return names
 
 
+# Is told before each step: the step, its layer, its arguments, and the results that are still needed.
+Watch = Callable[[Step, nn.Module | None, tuple[Any, ...], dict[str, Any], dict[str, Any]], None]
+
+
 class Program(nn.Module):
-    """Steps over layers: images [N, ...] to [M * N, classes]."""
+    """Steps over layers: images [N, ...] to [M * N, classes].
+
+    Attributes:
+        limit: for a program from a file: what gives the images' Watch, which refuses what takes too much memory.
+    """
 
     def __init__(self, input: str, steps: Sequence[Step], output: Ref, layers: dict[str, nn.Module]) -> None:
         super().__init__()
         self._input, self._steps, self._output = input, tuple(steps), output
+        self.limit: Callable[[Tensor], Watch] | None = None
         last = {step.name: i for i, step in enumerate(steps)}
         last |= {name: i for i, step in enumerate(steps) for name in step.uses}
         # What is not needed after each step: a result is kept no longer than it is used.
@@ -117,6 +127,16 @@ class Program(nn.Module):
         """The steps that call a layer."""
         return [step for step in self._steps if step.op == "layer" and step.target == layer]
 
+    @property
+    def most_results(self) -> int:
+        """How many results are needed at the same time."""
+        needed = most = 0
+        for done in self._done_after:
+            needed += 1
+            most = max(most, needed)
+            needed -= len(done)
+        return most
+
     def users(self, name: str) -> list[Step]:
         """The steps that take the result `name`."""
         return [step for step in self._steps if name in step.uses]
@@ -125,17 +145,21 @@ class Program(nn.Module):
         """Run the steps.
 
         Raises:
-            ProgramError: for numbers that no image is large enough for.
+            ProgramError: for numbers that no image is large enough for, and beyond the limit.
         """
         values: dict[str, Any] = {self._input: x}
+        watch = None if self.limit is None or torch.compiler.is_compiling() else self.limit(x)
 
         def value_of(ref: Ref) -> Any:
             return values[ref.name]
 
         for step, done in zip(self._steps, self._done_after, strict=True):
             args, kwargs = mapped(step.args, Ref, value_of), mapped(step.kwargs, Ref, value_of)
-            if step.op == "layer":
-                value = self.layer(step.target)(*args, **kwargs)
+            layer = self.layer(step.target) if step.op == "layer" else None
+            if watch is not None:
+                watch(step, layer, args, kwargs, values)
+            if layer is not None:
+                value = layer(*args, **kwargs)
             elif step.op == "method":
                 value = getattr(args[0], step.target)(*args[1:], **kwargs)
             else:

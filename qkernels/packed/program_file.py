@@ -35,6 +35,7 @@ from .values import (
 )
 
 MOST_NODES = 10_000
+MOST_RESULTS = 1024  # at the same time
 LONGEST_NAME = 512
 
 _KERNEL = {"kernel_size": pair(SIZE), "stride": pair(SIZE), "padding": pair(EDGE)}
@@ -141,7 +142,10 @@ def read_program(plain: Any, members: int) -> Program:
     output = read_value(last.get("args"))
     if not isinstance(output, list) or len(output) != 1 or not TENSOR.fits(resolved(output[0], results)):
         raise ProgramError("the output is not one value")
-    return Program(first["name"], steps, output[0], modules)
+    program = Program(first["name"], steps, output[0], modules)
+    if program.most_results > MOST_RESULTS:
+        raise ProgramError(f"{program.most_results} results are needed at the same time, more than {MOST_RESULTS}")
+    return program
 
 
 def _check_layer_name(name: str) -> None:

@@ -324,3 +324,18 @@ def test_loading_takes_little_more_than_the_packed_size(tmp_path):
         [sys.executable, "-c", PEAK_WHILE_LOADING, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert float(result.stdout) <= 1.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_loaded_program_compiles_and_exports(saved, strict):
+    """The compiler and torch.export see through the interpreter, for any number of images."""
+    ensemble, folder = saved
+    loaded = qk.PackedEnsemble.load(folder)
+    expected = ensemble.member_logits(IMAGES)
+    compiled = torch.compile(loaded.program, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(IMAGES).unflatten(0, (3, -1)), expected)
+    shapes = ({0: torch.export.Dim("images", min=1, max=64)},)
+    exported = torch.export.export(loaded, (IMAGES,), dynamic_shapes=shapes, strict=strict).module()
+    assert torch.equal(exported(IMAGES), ensemble(IMAGES))
+    assert torch.equal(exported(torch.cat([IMAGES] * 3)), ensemble(torch.cat([IMAGES] * 3)))

@@ -128,6 +128,4 @@ def test_an_ensemble_that_cannot_be_saved_leaves_the_one_that_is_there(tmp_path)
     make(1).save(tmp_path)
     with pytest.raises(TypeError, match="plain types"):
         make(2).save(tmp_path, classes={1})
-    with pytest.raises(ValueError, match="cannot be given to it"):
-        make(2).save(tmp_path, image_shape=[3, 32, 32])
     assert found(tmp_path) == 1
