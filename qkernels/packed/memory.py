@@ -28,6 +28,7 @@ class MemoryLimit:
         self.members = members
         self.weights = weights
         self.max_bytes = max_bytes
+        self._passed: set[tuple[Any, ...]] = set()
 
     def of(self, x: Tensor) -> int:
         """Bytes for images x."""
@@ -36,12 +37,18 @@ class MemoryLimit:
         pixels = x.numel() // max(1, x.shape[1]) if x.dim() == 4 else x.numel()
         return LEAST_LIMIT + 4 * self.weights + 4 * CHANNELS * pixels * self.members
 
-    def __call__(self, x: Tensor) -> Watch:
-        """What `Program` calls before each step.
+    def let_pass(self, x: Tensor) -> None:
+        """What is known of images of one shape and dtype holds for the next: they need no watch."""
+        self._passed.add((x.shape, x.dtype))
+
+    def watch(self, x: Tensor) -> Watch | None:
+        """What `Program` calls before each step; None for images like those that have passed.
 
         Raises:
             ProgramError: from that, if the step would take too much.
         """
+        if (x.shape, x.dtype) in self._passed:
+            return None
         most = self.of(x)
 
         def watch(step: Step, layer: nn.Module | None, args: Any, kwargs: Any, values: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ or a method of a tensor, and running it is a loop. torch.compile and torch.expor
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -53,17 +53,27 @@ class Step:
 Watch = Callable[[Step, nn.Module | None, tuple[Any, ...], dict[str, Any], dict[str, Any]], None]
 
 
+class Limit(Protocol):
+    """What a program from a file may take: see `memory.py`."""
+
+    def watch(self, x: Tensor) -> Watch | None:
+        """For images x, if such have not passed before."""
+
+    def let_pass(self, x: Tensor) -> None:
+        """Such images have passed."""
+
+
 class Program(nn.Module):
     """Steps over layers: images [N, ...] to [M * N, classes].
 
     Attributes:
-        limit: for a program from a file: what gives the images' Watch, which refuses what takes too much memory.
+        limit: of a program from a file.
     """
 
     def __init__(self, input: str, steps: Sequence[Step], output: Ref, layers: dict[str, nn.Module]) -> None:
         super().__init__()
         self._input, self._steps, self._output = input, tuple(steps), output
-        self.limit: Callable[[Tensor], Watch] | None = None
+        self.limit: Limit | None = None
         last = {step.name: i for i, step in enumerate(steps)}
         last |= {name: i for i, step in enumerate(steps) for name in step.uses}
         # What is not needed after each step: a result is kept no longer than it is used.
@@ -148,7 +158,8 @@ class Program(nn.Module):
             ProgramError: for numbers that no image is large enough for, and beyond the limit.
         """
         values: dict[str, Any] = {self._input: x}
-        watch = None if self.limit is None or torch.compiler.is_compiling() else self.limit(x)
+        limit = None if torch.compiler.is_compiling() else self.limit
+        watch = limit.watch(x) if limit is not None else None
 
         def value_of(ref: Ref) -> Any:
             return values[ref.name]
@@ -171,6 +182,8 @@ class Program(nn.Module):
             values[step.name] = value
             for name in done:
                 del values[name]
+        if limit is not None:
+            limit.let_pass(x)
         return values[self._output.name]
 
 
