@@ -28,6 +28,7 @@ from .program_file import layer_json, program_json, read_layer, read_program
 
 FORMAT = "qkernels.packed_ensemble"
 VERSION = 1
+LARGEST_CONFIG = 4 << 20
 MODEL, CONFIG, CARD, SIGNATURE = "model.safetensors", "config.json", "README.md", "signature.json"
 
 
@@ -93,6 +94,10 @@ def save(contents: Contents, folder: Path) -> Path:
     sha256 = hashlib.sha256(model).hexdigest()
     config["checksums"] = {MODEL: sha256, CONFIG: config_sha256(config)}
     text = json.dumps(config, indent=1)
+    if len(text.encode()) > LARGEST_CONFIG:
+        raise ValueError(
+            f"PackedEnsemble.save: {CONFIG} would be larger than {LARGEST_CONFIG >> 20} MiB: say less in info"
+        )
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"PackedEnsemble.save: {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.geometry import conv_geometry
-from .file import CONFIG, FORMAT, MODEL, VERSION, Contents, PackedFileError, config_sha256, locked, nbytes_of, staged
+from .file import (
+    CONFIG,
+    FORMAT,
+    LARGEST_CONFIG,
+    MODEL,
+    VERSION,
+    Contents,
+    PackedFileError,
+    config_sha256,
+    locked,
+    nbytes_of,
+    staged,
+)
 from .fusion import FusionReport
 from .in_turn import MembersInTurn
 from .kinds import Expected, LayerKind, ProgramError, object_of, only_keys, shown
@@ -28,9 +40,9 @@ from .program_file import read_layer, read_program
 from .signature import check_signature, read_private_key, read_public_key, write_signature
 from .tensor_file import TensorFile
 
-LARGEST_CONFIG = 4 << 20
 MOST_MEMBERS = 1024
 KEYS = ("format", "version", "members", "nbytes", "info", "report", "program", "layers", "checksums")
+CHANGED = "the checksums do not match: a file was damaged or changed; copy or save it again"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -128,9 +140,6 @@ def _read_tensors(config: dict[str, Any], file: TensorFile) -> dict[str, Tensor]
     if file.sha256 != config["checksums"][MODEL]:
         raise PackedFileError(CHANGED)
     return content
-
-
-CHANGED = "the checksums do not match: a file was damaged or changed; copy or save it again"
 
 
 def _read_limited(path: Path) -> bytes:

@@ -69,7 +69,7 @@ print(json.dumps(found))
 
 @pytest.mark.nightly
 @pytest.mark.timeout(SECONDS)
-def test_mutated_files(record_property):
+def test_mutated_files(figures):
     outcomes: Counter[str] = Counter()
     findings = {}
     for first in range(SEED, SEED + COUNT, BATCH):
@@ -85,6 +85,5 @@ def test_mutated_files(record_property):
             # An answer that depends on nothing that was changed must be the same.
             if what == "code" or what.startswith("load:") or what == "another answer (told)":
                 findings[seed] = what
-    record_property("outcomes", dict(outcomes.most_common()))
-    print(dict(outcomes.most_common()))
+    figures("mutated packed files", COUNT, dict(outcomes.most_common()))
     assert not findings, findings

@@ -122,6 +122,8 @@ def test_saving_again_replaces(tmp_path):
 def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(TypeError, match="plain types"):
         make().save(tmp_path, classes={1, 2})
+    with pytest.raises(ValueError, match="say less in info"):
+        make().save(tmp_path, classes=["a" * 1000] * 5000)
 
     class Unknown(Net):
         def forward(self, x):
