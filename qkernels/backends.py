@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .ops import library, reference
 from .ops.schemas import SCHEMAS
 
@@ -54,12 +56,25 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"qkernels.triton.{STEMS[op]}"), op)
 
 
-def _serve(op: str, device: str, key: str, backend: str, reason: str) -> None:
-    if backend == "triton":
+def checked(op: str, backend: str) -> Callable[..., Any]:
+    """`implementation` as it serves the op, behind the checks that C++ has in itself."""
+
+    def call(*arguments: Any) -> Any:
+        for argument in arguments:
+            for t in argument if isinstance(argument, list) else (argument,):
+                if isinstance(t, torch.Tensor) and t.layout != torch.strided:
+                    raise TypeError(f"{op}: tensors must be dense, got one of layout {t.layout}; call to_dense()")
+        library.run_check(op, *arguments)
         # Triton is imported at the first launch: importing it costs more than the rest of the package.
-        library.library.impl(op, lambda *args: implementation(op, "triton")(*args), key)
-    elif backend == "reference":
-        library.library.impl(op, implementation(op, "reference"), key)
+        return implementation(op, backend)(*arguments)
+
+    return call
+
+
+def _serve(op: str, device: str, key: str, backend: str, reason: str) -> None:
+    if backend in ("triton", "reference"):
+        library.library.impl(op, checked(op, backend), key)
+        library.CHECKED.add((op, device))
     _served.append(Served(op, device, backend, reason))
 
 

@@ -3,6 +3,7 @@
 // Forward reads x and writes y once; backward reads grad and x and writes grad_x once, with the sums for scale and
 // offset taken in the same pass. A single tensor is a list of one.
 
+#include "../arguments.h"
 #include "../numerics.h"
 #include "huge_pages.h"
 #include "vectorized.h"
@@ -182,11 +183,7 @@ std::vector<Sums> backward(const std::vector<Job>& jobs) {
   return sums;
 }
 
-const float* scale_data(const char* name, const Tensor& t, const Walk& walk) {
-  STD_TORCH_CHECK(
-      t.numel() == walk.e.channels && t.scalar_type() == ScalarType::Float, "qkernels: ", name, " does not fit x");
-  return static_cast<const float*>(t.data_ptr());
-}
+const float* data(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
 
 // `x` and the per-scale vectors must be dense, and outlive the job.
 Job make_job(
@@ -194,8 +191,8 @@ Job make_job(
     int64_t qmax, std::optional<int64_t> axis) {
   const Walk walk(extents(x, axis));
   return {
-      walk, x.data_ptr(), nullptr, out.data_ptr(), scale_data("scale", scale, walk),
-      offset ? scale_data("offset", *offset, walk) : nullptr, static_cast<float>(qmin), static_cast<float>(qmax)};
+      walk, x.data_ptr(), nullptr, out.data_ptr(), data(scale), offset ? data(*offset) : nullptr,
+      static_cast<float>(qmin), static_cast<float>(qmax)};
 }
 
 void run_forward(const std::vector<Job>& jobs, ScalarType x_dtype, ScalarType y_dtype) {
@@ -215,6 +212,9 @@ std::vector<Sums> run_backward(const std::vector<Job>& jobs, ScalarType x_dtype,
 Tensor fake_quantize(
     Tensor x, Tensor scale, std::optional<Tensor> offset, int64_t qmin, int64_t qmax, std::optional<int64_t> axis,
     double /*grad_factor*/, bool /*aten_edge*/, ScalarType out_dtype) {
+  const Op op{"fake_quantize"};
+  check_quantizer(op, x, scale, offset, qmin, qmax, axis);
+  check_element(op, "out_dtype", out_dtype);
   x = dense(x);
   scale = dense(scale);
   if (offset) offset = dense(*offset);
@@ -235,6 +235,9 @@ Tensor folded(const Partials& sums, double grad_factor, const Tensor& like, bool
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
     Tensor grad, Tensor x, Tensor scale, std::optional<Tensor> offset, int64_t qmin, int64_t qmax,
     std::optional<int64_t> axis, double grad_factor, bool aten_edge, bool param_grads) {
+  const Op op{"fake_quantize_backward"};
+  check_quantizer(op, x, scale, offset, qmin, qmax, axis);
+  check_grad(op, grad, x);
   x = dense(x);
   grad = laid_out_as(grad, x);
   scale = dense(scale);
@@ -251,8 +254,12 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
 
 std::vector<Tensor> fake_quantize_multi(
     std::vector<Tensor> xs, std::vector<Tensor> scales, std::vector<int64_t> qmins, std::vector<int64_t> qmaxs,
-    std::optional<int64_t> axis, std::vector<double> /*grad_factors*/, std::optional<ScalarType> out_dtype) {
-  const ScalarType y_dtype = out_dtype.value_or(xs.at(0).scalar_type());
+    std::optional<int64_t> axis, std::vector<double> grad_factors, std::optional<ScalarType> out_dtype) {
+  const char* op = "fake_quantize_multi";
+  check_layers(op, xs, scales, qmins, qmaxs, axis, grad_factors);
+  if (out_dtype) check_element({op}, "out_dtype", *out_dtype);
+  if (xs.empty()) return {};
+  const ScalarType y_dtype = out_dtype.value_or(xs[0].scalar_type());
   std::vector<Tensor> ys;
   std::vector<Job> jobs;
   for (size_t i = 0; i < xs.size(); ++i) {
@@ -268,13 +275,16 @@ std::vector<Tensor> fake_quantize_multi(
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quantize_multi_backward(
     std::vector<Tensor> grads, std::vector<Tensor> xs, std::vector<Tensor> scales, std::vector<int64_t> qmins,
     std::vector<int64_t> qmaxs, std::optional<int64_t> axis, std::vector<double> grad_factors, bool param_grads) {
+  const char* op = "fake_quantize_multi_backward";
+  check_layers(op, xs, scales, qmins, qmaxs, axis, grad_factors);
+  check_grads(op, grads, xs);
+  if (xs.empty()) return {};
   std::vector<Tensor> grad_xs, grad_scales;
   std::vector<Job> jobs;
   for (size_t i = 0; i < xs.size(); ++i) {
     xs[i] = dense(xs[i]);
     scales[i] = dense(scales[i]);
     grads[i] = laid_out_as(grads[i], xs[i]);
-    STD_TORCH_CHECK(grads[i].scalar_type() == grads[0].scalar_type(), "qkernels: all grads must share a dtype");
     grad_xs.push_back(empty_as(xs[i], xs[i].scalar_type()));
     jobs.push_back(make_job(xs[i], grad_xs[i], scales[i], std::nullopt, qmins[i], qmaxs[i], axis));
     jobs[i].grad = grads[i].data_ptr();

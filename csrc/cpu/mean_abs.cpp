@@ -1,5 +1,6 @@
 // mean_abs for CPU tensors: one read of x.
 
+#include "../arguments.h"
 #include "vectorized.h"
 #include "work.h"
 
@@ -47,6 +48,7 @@ Partials abs_sums(const Tensor& t, const Walk& walk) {
 }
 
 Tensor mean_abs(Tensor x, std::optional<int64_t> axis) {
+  check_x({"mean_abs"}, x, axis);
   x = dense(x);
   const Walk walk(extents(x, axis));
   const int64_t count = walk.e.outer * walk.e.inner;

@@ -22,8 +22,6 @@ struct Sizes {  // a linear layer's but for the four without a value here
   int64_t depth() const { return in_channels / groups; }
   int64_t codes_a_channel() const { return kernel_h * kernel_w * depth(); }
   int64_t out_pixels() const { return images * out_height * out_width; }  // of a member
-  int64_t padded_height() const { return height + pad_top + pad_bottom; }
-  int64_t padded_width() const { return width + pad_left + pad_right; }
   bool depthwise() const { return groups > 1 && depth() == 1; }
   Sizes unpadded() const {
     Sizes result = *this;
@@ -40,10 +38,13 @@ struct PackedWeights {
 };
 
 // The input as [images, height, width, channels]: uint8 codes, raised by `raised_by` if they are signed, or float32.
+// Strides are in elements.
 template <class X>
 struct Image {
   const X* data;
-  int64_t image, row, pixel;  // strides in elements
+  int64_t image, row, pixel;
+  int64_t window_down, window_right;  // from an output's window to those below and beside it
+  int64_t tap_down, tap_right;        // from a tap of the kernel to those below and beside it
   int64_t group;              // channels of a group: its own, then zeros that fill them up to the kernel's step
   int32_t raised_by;
   Tensor owner;
@@ -51,7 +52,8 @@ struct Image {
 
 // Lays x, whose elements lie in the order [images, height, width, channels], out as an image that includes the padding
 // and whose groups are a multiple of `step` channels; no copy if x is one already. For a depthwise convolution a
-// channel is repeated for each output channel that reads it. A copy takes as many elements as x has with its padding.
+// channel is repeated for each output channel that reads it. A copy takes as many elements as x has with its padding,
+// or where that is more than twice as high or wide as x at most one kernel for each output.
 Image<uint8_t> image_of_codes(const Tensor& x, const Sizes& sizes, int64_t step);
 Image<float> image_of_floats(const Tensor& x, const Sizes& sizes, int64_t step);
 

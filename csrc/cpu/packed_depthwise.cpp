@@ -181,7 +181,7 @@ class TapWalk {
     for (int64_t i = 0; i < s_.kernel_h; ++i) {
       const int64_t y = top + i * s_.dilation_h;
       const bool row_inside = y >= 0 && y < s_.height;
-      const X* row = image + y * image_.row;
+      const X* row = row_inside ? image + y * image_.row : zeros_;
       for (int64_t j = 0; j < s_.kernel_w; ++j, inputs += kPixels) {
         const int64_t x = left + j * s_.dilation_w;
         *inputs = row_inside && x >= 0 && x < s_.width ? row + x * image_.pixel : zeros_;

@@ -76,10 +76,10 @@ struct Runs {
 
   template <class X>
   Runs(const Image<X>& image, const Sizes& s) {
-    const bool whole_rows = s.groups == 1 && s.dilation_w == 1;
+    const bool whole_rows = s.groups == 1 && image.tap_right == image.pixel;
     for (int64_t i = 0; i < s.kernel_h; ++i)
       for (int64_t j = 0; j < (whole_rows ? 1 : s.kernel_w); ++j)
-        offsets.push_back(i * s.dilation_h * image.row + j * s.dilation_w * image.pixel);
+        offsets.push_back(i * image.tap_down + j * image.tap_right);
     length = whole_rows ? s.kernel_w * image.pixel : image.group;
   }
   int64_t elements() const { return static_cast<int64_t>(offsets.size()) * length; }
@@ -97,7 +97,7 @@ class Windows {
   }
   const X* next() {
     const X* window = at_;
-    at_ += sizes_.stride_w * image_.pixel;
+    at_ += image_.window_right;
     if (++column_ == sizes_.out_width) {
       column_ = 0;
       if (++row_ == sizes_.out_height) row_ = 0, ++n_;
@@ -108,8 +108,7 @@ class Windows {
 
  private:
   void seek() {
-    at_ = image_.data + n_ * image_.image + row_ * sizes_.stride_h * image_.row +
-          column_ * sizes_.stride_w * image_.pixel;
+    at_ = image_.data + n_ * image_.image + row_ * image_.window_down + column_ * image_.window_right;
   }
   const Image<X>& image_;
   const Sizes& sizes_;

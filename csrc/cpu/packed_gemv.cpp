@@ -53,18 +53,15 @@ void multiply(const Image<float>& x, const Sizes& s, const PackedWeights& packed
 
 Tensor packed_gemv(
     Tensor x, Tensor packed, Tensor scale, OptionalTensor bias, int64_t bits, bool shared, std::string activation) {
-  STD_TORCH_CHECK(
-      x.dim() == 2 && x.size(1) > 0 && scale.dim() == 2 && scale.size(0) > 0 &&
-          (shared || x.size(0) % scale.size(0) == 0),
-      "qkernels: x must be [rows, in], rows for every member, and scale [members, out]");
+  check_packed_gemv(x, packed, scale, bias, bits, shared, activation);
   const int64_t members = scale.size(0), channels = scale.size(1), rows = shared ? x.size(0) : x.size(0) / members;
   const Sizes s{
       .members = members, .images = rows, .in_channels = x.size(1), .out_channels = channels, .shared = shared};
   packed = torch::stable::contiguous(packed);
-  const PackedWeights weights = weights_of(packed, s, bits);
-  const OptionalTensor scales = floats("scale", scale, members * channels);
-  bias = floats("bias", bias, members * channels);
-  const int64_t sizes[] = {members * rows, channels}, strides[] = {channels, 1};
+  const PackedWeights weights = weights_of(packed, bits);
+  const OptionalTensor scales = torch::stable::contiguous(scale);
+  bias = contiguous(bias);
+  const int64_t sizes[] = {checked_product({members, rows}), channels}, strides[] = {channels, 1};
   Tensor y = empty_strided({sizes, 2}, {strides, 2}, x.scalar_type(), x);
   const Epilogue e{
       .channels = channels,

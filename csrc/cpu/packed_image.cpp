@@ -1,5 +1,6 @@
 // The copy of a convolution's input that its kernels read: every element once, plus the padding.
 
+#include "../checked.h"
 #include "huge_pages.h"
 #include "packed_conv2d.h"
 #include "vectorized.h"
@@ -40,40 +41,84 @@ void convert_pixel(const From* from, const Channels& channels, To zero, To* to) 
                                                          : zero;
 }
 
+// The rows, or the columns, of an image: those of the input and its padding in their order or, where most of them would
+// be padding that no window reads (a stride or a dilation of millions has such), the taps of each window by themselves.
+struct Lines {
+  int64_t size, before, kernel, stride, dilation;
+  int64_t count;
+  bool windows;  // of the second kind
+
+  Lines(int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t stride, int64_t dilation, int64_t outputs)
+      : size(size), before(before), kernel(kernel), stride(stride), dilation(dilation), count(size + before + after),
+        windows(false) {
+    if (before + after <= size || checked_product({outputs, kernel}) >= count) return;
+    count = outputs * kernel;
+    windows = true;
+  }
+  bool are_the_inputs() const { return count == size && !windows; }
+  // Lines from a window to the next, and from a tap to the next; of one alone any number will do.
+  int64_t window_step() const { return windows ? kernel : std::min(stride, count); }
+  int64_t tap_step() const { return windows ? 1 : std::min(dilation, count); }
+  // The line of the input that line i is, or -1 for padding.
+  int64_t source(int64_t i) const {
+    const int64_t line = (windows ? i / kernel * stride + i % kernel * dilation : i) - before;
+    return line < size ? std::max<int64_t>(line, -1) : -1;
+  }
+};
+
+// One row of an image out of one of the input.
+template <class From, class To>
+void convert_line(const From* source, const Lines& columns, int64_t depth, const Channels& channels, To zero, To* to) {
+  const int64_t pixel = channels.count();
+  const auto convert_columns = [&](const From* from, int64_t n, To* inside) {
+    if (channels.as_they_are()) return convert_row(from, n * depth, inside);
+    for (int64_t j = 0; j < n; ++j) convert_pixel(from + j * depth, channels, zero, inside + j * pixel);
+  };
+  if (columns.windows) {
+    for (int64_t j = 0; j < columns.count; ++j, to += pixel)
+      if (const int64_t column = columns.source(j); column < 0)
+        std::fill_n(to, pixel, zero);
+      else
+        convert_columns(source + column * depth, 1, to);
+    return;
+  }
+  To* inside = std::fill_n(to, columns.before * pixel, zero);
+  convert_columns(source, columns.size, inside);
+  std::fill_n(inside + columns.size * pixel, (columns.count - columns.before - columns.size) * pixel, zero);
+}
+
 template <class From, class To>
 Image<To> image_of(const Tensor& x, const Sizes& s, int64_t step, To zero, ScalarType stored_dtype) {
   const int64_t h = s.height, w = s.width, c = s.in_channels;
   Channels channels{s.groups, s.depth(), (s.depth() + step - 1) / step * step, false};
   if (s.depthwise()) channels.stored = s.out_channels / s.groups, channels.repeated = true;
   const int32_t raised_by = std::is_same_v<From, int8_t> ? 128 : 0;
-  const int64_t rows = s.padded_height(), columns = s.padded_width(), pixel = channels.count();
+  const Lines rows(h, s.pad_top, s.pad_bottom, s.kernel_h, s.stride_h, s.dilation_h, s.out_height);
+  const Lines columns(w, s.pad_left, s.pad_right, s.kernel_w, s.stride_w, s.dilation_w, s.out_width);
+  const int64_t pixel = channels.count(), row = checked_product({columns.count, pixel});
+  const auto image = [&](const To* data, const Tensor& owner) -> Image<To> {
+    return {
+        data, checked_product({rows.count, row}), row, pixel, rows.window_step() * row, columns.window_step() * pixel,
+        rows.tap_step() * row, columns.tap_step() * pixel, channels.stored, raised_by, owner};
+  };
   const From* from = static_cast<const From*>(x.data_ptr());
   if constexpr (std::is_same_v<From, To>)
-    if (rows == h && columns == w && channels.as_they_are())
-      return {from, h * w * pixel, w * pixel, pixel, channels.stored, raised_by, x};
+    if (rows.are_the_inputs() && columns.are_the_inputs() && channels.as_they_are()) return image(from, x);
 
-  Tensor copy = empty_vector(x.size(0) * rows * columns * pixel, stored_dtype, x);
+  Tensor copy = empty_vector(checked_product({x.size(0), rows.count, row}), stored_dtype, x);
   prefer_huge_pages(copy);
   To* to = static_cast<To*>(copy.data_ptr());
-  const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, columns * pixel));
-  torch::stable::parallel_for(0, x.size(0) * rows, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, row));
+  torch::stable::parallel_for(0, x.size(0) * rows.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % rows - s.pad_top;
-      To* line = to + i * columns * pixel;
-      if (row < 0 || row >= h) {
-        std::fill_n(line, columns * pixel, zero);
-        continue;
-      }
-      const From* source = from + (i / rows * h + row) * w * c;
-      To* inside = std::fill_n(line, s.pad_left * pixel, zero);
-      if (channels.as_they_are())
-        convert_row(source, w * c, inside);
+      const int64_t source = rows.source(i % rows.count);
+      if (source < 0)
+        std::fill_n(to + i * row, row, zero);
       else
-        for (int64_t j = 0; j < w; ++j) convert_pixel(source + j * c, channels, zero, inside + j * pixel);
-      std::fill_n(inside + w * pixel, s.pad_right * pixel, zero);
+        convert_line(from + (i / rows.count * h + source) * w * c, columns, c, channels, zero, to + i * row);
     }
   });
-  return {to, rows * columns * pixel, columns * pixel, pixel, channels.stored, raised_by, copy};
+  return image(to, copy);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // Bytes a code, each moved once: pack reads 1 and writes bits / 8, unpack the reverse; quantize reads an element and
 // writes 1; dequantize_packed reads bits / 8 and writes an element.
 
+#include "../arguments.h"
 #include "packed_weights.h"
 #include "vectorized.h"
 #include "work.h"
@@ -16,10 +17,6 @@ namespace qkernels {
 namespace {
 
 constexpr int64_t kGrainBlocks = kSerialElements / kBlockCodes;
-
-void check_bits(int64_t bits) {
-  STD_TORCH_CHECK(bits >= 2 && bits <= 8, "qkernels: bits must be 2..8, got ", bits);
-}
 
 // Calls work(row, block, begin of its codes, how many) for every block of `rows` packed tensors of `count` codes each.
 template <class Work>
@@ -46,7 +43,7 @@ QK_VECTORIZED void pack_plane(const uint8_t* codes, int from, int width, uint8_t
 }
 
 Tensor pack(Tensor codes, int64_t bits) {
-  check_bits(bits);
+  check_pack(codes, bits);
   const int64_t count = codes.numel();
   codes = torch::stable::contiguous(codes);
   Tensor packed = empty_vector(packed_bytes(count, bits), ScalarType::Byte, codes);
@@ -64,20 +61,13 @@ Tensor pack(Tensor codes, int64_t bits) {
   return packed;
 }
 
-void check_packed(const Tensor& packed, int64_t bits, int64_t count) {
-  check_bits(bits);
-  STD_TORCH_CHECK(
-      packed.dim() > 0 && packed.scalar_type() == ScalarType::Byte && count >= 0 &&
-          packed.size(packed.dim() - 1) == packed_bytes(count, bits),
-      "qkernels: packed does not hold ", count, " codes of ", bits, " bits");
-}
-
 Tensor unpack(Tensor packed, int64_t bits, int64_t count, bool is_signed) {
-  check_packed(packed, bits, count);
+  check_packed({"unpack"}, packed, bits, count);
   packed = torch::stable::contiguous(packed);
   std::vector<int64_t> sizes(packed.sizes().begin(), packed.sizes().end()), strides(sizes.size(), 1);
   sizes.back() = count;
-  for (int64_t d = packed.dim() - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(1, sizes[d + 1]);
+  for (int64_t d = packed.dim() - 2; d >= 0; --d)
+    strides[d] = checked_product({strides[d + 1], std::max<int64_t>(1, sizes[d + 1])});
   Tensor codes = empty_strided(sizes, strides, code_dtype(is_signed), packed);
   const uint8_t* in = static_cast<const uint8_t*>(packed.data_ptr());
   uint8_t* out = static_cast<uint8_t*>(codes.data_ptr());
@@ -113,16 +103,12 @@ void dequantize_rows(const uint8_t* packed, const float* scale, int64_t members,
 }
 
 Tensor dequantize_packed(Tensor packed, Tensor scale, int64_t bits, int64_t count, ScalarType out_dtype) {
-  check_packed(packed, bits, count);
-  STD_TORCH_CHECK(
-      packed.dim() == 2 && scale.dim() == 2 && scale.scalar_type() == ScalarType::Float &&
-          scale.size(0) == packed.size(0) && scale.size(1) > 0 && count % scale.size(1) == 0,
-      "qkernels: scale does not fit packed");
+  check_dequantize_packed(packed, scale, bits, count, out_dtype);
   packed = torch::stable::contiguous(packed);
   scale = torch::stable::contiguous(scale);
   const int64_t members = scale.size(0), channels = scale.size(1), depth = count / channels;
   const int64_t sizes[] = {members, channels, depth};
-  const int64_t row = std::max<int64_t>(1, depth), strides[] = {channels * row, row, 1};
+  const int64_t row = std::max<int64_t>(1, depth), strides[] = {checked_product({channels, row}), row, 1};
   Tensor y = empty_strided({sizes, 3}, {strides, 3}, out_dtype, packed);
   with_type(out_dtype, [&]<class Y>(Type<Y>) {
     dequantize_rows(
@@ -152,11 +138,10 @@ QK_VECTORIZED void quantize_columns(
 }
 
 Tensor quantize(Tensor x, Tensor scale, int64_t qmin, int64_t qmax, std::optional<int64_t> axis) {
+  check_quantize(x, scale, qmin, qmax, axis);
   x = dense(x);
   scale = torch::stable::contiguous(scale);
   const Walk walk(extents(x, axis));
-  STD_TORCH_CHECK(
-      scale.scalar_type() == ScalarType::Float && scale.numel() == walk.e.channels, "qkernels: scale does not fit x");
   Tensor codes = empty_as(x, code_dtype(qmin < 0));
   uint8_t* out = static_cast<uint8_t*>(codes.data_ptr());
   const float low = static_cast<float>(qmin), high = static_cast<float>(qmax), of_nan = clamp(0.0f, low, high);

@@ -19,9 +19,12 @@ Tensor fake_quantize(
     double /* grad_factor */,
     bool /* aten_edge */,
     ScalarType out_dtype) {
+  const Op op{"fake_quantize"};
+  check_quantizer(op, any_x, any_scale, any_offset, qmin, qmax, axis);
+  check_element(op, "out_dtype", out_dtype);
   const Context context(any_x);
   const Tensor x = dense(any_x);
-  const ScaleAndOffset per_channel(any_scale, any_offset, x, axis);
+  const ScaleAndOffset per_channel(any_scale, any_offset);
   Tensor y = empty_as(x, out_dtype);
   if (x.numel() == 0) return y;
 

@@ -27,7 +27,7 @@ class ParameterGradients {
   void place(Arguments& a, int64_t count, const Tensor& x) {
     a.grad_factor = factor_;
     count_ = count;
-    if (count_ > 1) partials_ = empty_vector(kinds() * channels_ * count_, ScalarType::Float, x);
+    if (count_ > 1) partials_ = empty_vector(checked_product({kinds(), channels_, count_}), ScalarType::Float, x);
     float* next = count_ > 1 ? static_cast<float*>(partials_->data_ptr()) : nullptr;
     for (int i = 0; i < 2; ++i) {
       if (results_[i] == nullptr) continue;
@@ -102,11 +102,12 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
     double grad_factor,
     bool aten_edge,
     bool param_grads) {
+  const Op op{"fake_quantize_backward"};
+  check_quantizer(op, any_x, any_scale, any_offset, qmin, qmax, axis);
+  check_grad(op, any_grad, any_x);
   const Context context(any_x);
   Tensor x = dense(any_x), grad = laid_out_as(any_grad, x);
-  STD_TORCH_CHECK(grad.numel() == x.numel() && grad.get_device_index() == x.get_device_index() && grad.is_cuda(),
-                  "internal: grad must have the shape and device of x");
-  const ScaleAndOffset per_channel(any_scale, any_offset, x, axis);
+  const ScaleAndOffset per_channel(any_scale, any_offset);
   Tensor result = empty_as(x, x.scalar_type());
 
   ParameterGradients gradients(context, per_channel.scale.numel(), grad_factor);

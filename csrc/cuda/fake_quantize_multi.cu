@@ -53,11 +53,13 @@ std::vector<Tensor> fake_quantize_multi(
     const std::vector<int64_t>& qmins,
     const std::vector<int64_t>& qmaxs,
     std::optional<int64_t> axis,
-    const std::vector<double>& /* grad_factors */,
+    const std::vector<double>& grad_factors,
     std::optional<ScalarType> out_dtype) {
-  if (xs.empty()) return {};
   const size_t n = xs.size();
-  STD_TORCH_CHECK(scales.size() == n && qmins.size() == n && qmaxs.size() == n, "internal: lists of unequal length");
+  const char* op = "fake_quantize_multi";
+  check_layers(op, xs, scales, qmins, qmaxs, axis, grad_factors);
+  if (out_dtype) check_element({op}, "out_dtype", *out_dtype);
+  if (n == 0) return {};
   const Context context(xs[0]);
   const ScalarType x_dtype = xs[0].scalar_type(), y_dtype = out_dtype.value_or(x_dtype);
   std::vector<Tensor> ys, kept;  // kept: copies that the launch reads
@@ -66,9 +68,7 @@ std::vector<Tensor> fake_quantize_multi(
     with_type(y_dtype, [&]<typename Y>(Type<Y>) {
       for (size_t i = 0; i < n; ++i) {
         const Tensor x = dense(xs[i]);
-        STD_TORCH_CHECK(x.scalar_type() == x_dtype && x.get_device_index() == xs[0].get_device_index(),
-                        "internal: xs of unequal dtype or device");
-        const ScaleAndOffset per_channel(scales[i], std::nullopt, x, axis);
+        const ScaleAndOffset per_channel(scales[i], std::nullopt);
         ys.push_back(empty_as(x, y_dtype));
         if (x.numel() == 0) continue;
         kept.insert(kept.end(), {x, per_channel.scale});
@@ -105,16 +105,15 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quantize_multi_backwar
     std::optional<int64_t> axis,
     const std::vector<double>& grad_factors,
     bool param_grads) {
-  if (xs.empty()) return {};
   const size_t n = xs.size();
-  STD_TORCH_CHECK(
-      grads.size() == n && scales.size() == n && qmins.size() == n && qmaxs.size() == n && grad_factors.size() == n,
-      "internal: lists of unequal length");
+  const char* op = "fake_quantize_multi_backward";
+  check_layers(op, xs, scales, qmins, qmaxs, axis, grad_factors);
+  check_grads(op, grads, xs);
+  if (n == 0) return {};
   const Context context(xs[0]);
   const ScalarType x_dtype = xs[0].scalar_type();
   // Types that no kernel is made for take the float32 one, over copies.
-  bool own_kernel = has_backward_kernel(x_dtype, grads[0].scalar_type());
-  for (const Tensor& grad : grads) own_kernel = own_kernel && grad.scalar_type() == grads[0].scalar_type();
+  const bool own_kernel = has_backward_kernel(x_dtype, grads[0].scalar_type());
   const ScalarType kernel_x = own_kernel ? x_dtype : ScalarType::Float;
   const ScalarType kernel_grad = own_kernel ? grads[0].scalar_type() : ScalarType::Float;
 
@@ -125,12 +124,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quantize_multi_backwar
     for (size_t i = 0; i < n; ++i) {
       const Tensor dense_x = dense(xs[i]);
       const Tensor laid_out = laid_out_as(grads[i], dense_x);
-      STD_TORCH_CHECK(
-          dense_x.scalar_type() == x_dtype && dense_x.get_device_index() == xs[0].get_device_index() &&
-              laid_out.numel() == dense_x.numel() && laid_out.is_cuda() &&
-              laid_out.get_device_index() == xs[0].get_device_index(),
-          "internal: xs and grads of unequal dtype, device or shape");
-      const ScaleAndOffset per_channel(scales[i], std::nullopt, dense_x, axis);
+      const ScaleAndOffset per_channel(scales[i], std::nullopt);
       grad_xs.push_back(empty_as(dense_x, x_dtype));
       grad_scales.push_back(
           param_grads ? empty_as(per_channel.scale, ScalarType::Float) : empty_vector(0, ScalarType::Float, dense_x));
@@ -157,7 +151,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quantize_multi_backwar
         const int64_t count = layer.rows.units_per_channel;
         layer.sums[0] = result;
         if (count > 1) {
-          kept.push_back(empty_vector(e.channels * count, ScalarType::Float, x));
+          kept.push_back(empty_vector(checked_product({e.channels, count}), ScalarType::Float, x));
           layer.sums[0] = static_cast<float*>(kept.back().data_ptr());
           folds.push_back({layer.sums[0], result, e.channels, count, grad_factors[i]});
         }

@@ -9,6 +9,7 @@
 #include <limits>
 #include <utility>
 
+#include "../arguments.h"
 #include "../elements.h"
 #include "../tensor_layout.h"
 #include "vector_access.cuh"

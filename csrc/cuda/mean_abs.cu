@@ -77,7 +77,7 @@ void launch_mean(
   const double factor = 1.0 / static_cast<double>(x.numel() / channels);
   float* const results = static_cast<float*>(means.data_ptr());
   std::optional<Tensor> partials;
-  if (sums_per_channel > 1) partials = empty_vector(channels * sums_per_channel, ScalarType::Float, x);
+  if (sums_per_channel > 1) partials = empty_vector(checked_product({channels, sums_per_channel}), ScalarType::Float, x);
   float* const sums = partials ? static_cast<float*>(partials->data_ptr()) : results;
   context.launch(name, kernel, blocks, Magnitudes<Cut>{x.data_ptr(), sums, cut, factor, is_aligned({x.data_ptr()})});
   const Folds<1> fold{{{sums, results, channels, sums_per_channel, factor}}};
@@ -85,6 +85,7 @@ void launch_mean(
 }
 
 Tensor mean_abs(const Tensor& any_x, std::optional<int64_t> axis) {
+  check_x({"mean_abs"}, any_x, axis);
   const Context context(any_x);
   const Tensor x = dense(any_x);
   const int64_t channels = axis ? x.size(*axis) : 1;

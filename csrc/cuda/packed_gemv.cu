@@ -321,6 +321,7 @@ Tensor packed_gemv(
     int64_t bits,
     bool shared,
     std::string activation) {
+  check_packed_gemv(any_x, any_packed, any_scale, any_bias, bits, shared, activation);
   const Context context(any_x);
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, any_x.get_device_index()), "capability");
@@ -331,7 +332,7 @@ Tensor packed_gemv(
   if (any_bias) bias = torch::stable::contiguous(*any_bias);
   const int64_t members = scale.size(0), out = scale.size(1);
   const int64_t rows = shared ? x.size(0) : x.size(0) / members;
-  const Tensor y = empty_contiguous({members * rows, out}, x.scalar_type(), x);
+  const Tensor y = empty_contiguous({checked_product({members, rows}), out}, x.scalar_type(), x);
   if (y.numel() == 0) return y;
 
   int parts = 0;
@@ -349,7 +350,7 @@ Tensor packed_gemv(
   g.member_bytes = packed.size(1);
   with_bits(bits, [&]<int kBits>(Bits<kBits>) {
     const auto kernel = g.columns.columns <= kTileColumns ? gemv_kernel<kBits, 1> : gemv_kernel<kBits, 2>;
-    context.launch("packed_gemv", kernel, members * g.phases * g.groups * g.passes, g);
+    context.launch("packed_gemv", kernel, checked_product({members, g.phases, g.groups, g.passes}), g);
   });
   return y;
 }

@@ -68,7 +68,8 @@ inline int64_t striding_blocks(const Context& context, int64_t units) {
 
 inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  for (size_t d = sizes.size(); d-- > 1;)
+    strides[d - 1] = checked_product({strides[d], std::max<int64_t>(sizes[d], 1)});
   return empty_strided(sizes, strides, dtype, like);
 }
 

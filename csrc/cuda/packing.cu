@@ -40,6 +40,7 @@ __global__ __launch_bounds__(kThreads) void pack_kernel(
 }
 
 Tensor pack(const Tensor& any_codes, int64_t bits) {
+  check_pack(any_codes, bits);
   const Context context(any_codes);
   const Tensor codes = torch::stable::contiguous(any_codes);
   const int64_t count = codes.numel();
@@ -136,6 +137,7 @@ int64_t unpacking_blocks(const Context& context, const Members& m) {
 }
 
 Tensor unpack(const Tensor& any_packed, int64_t bits, int64_t count, bool is_signed) {
+  check_packed({"unpack"}, any_packed, bits, count);
   const Context context(any_packed);
   const Tensor packed = aligned_contiguous(any_packed);
   std::vector<int64_t> sizes(packed.sizes().begin(), packed.sizes().end());
@@ -151,6 +153,7 @@ Tensor unpack(const Tensor& any_packed, int64_t bits, int64_t count, bool is_sig
 
 Tensor dequantize_packed(
     const Tensor& any_packed, const Tensor& any_scale, int64_t bits, int64_t count, ScalarType out_dtype) {
+  check_dequantize_packed(any_packed, any_scale, bits, count, out_dtype);
   const Context context(any_packed);
   const Tensor packed = aligned_contiguous(any_packed), scale = torch::stable::contiguous(any_scale);
   const int64_t channels = scale.size(1);
@@ -222,9 +225,10 @@ __global__ __launch_bounds__(kThreads) void quantize_columns(const __grid_consta
 
 Tensor quantize(
     const Tensor& any_x, const Tensor& any_scale, int64_t qmin, int64_t qmax, std::optional<int64_t> axis) {
+  check_quantize(any_x, any_scale, qmin, qmax, axis);
   const Context context(any_x);
   const Tensor x = dense(any_x);
-  const ScaleAndOffset per_channel(any_scale, std::nullopt, x, axis);
+  const ScaleAndOffset per_channel(any_scale, std::nullopt);
   const Tensor codes = empty_as(x, code_dtype(qmin < 0));
   if (x.numel() == 0) return codes;
 

@@ -40,15 +40,8 @@ struct ScaleAndOffset {
   Tensor scale;
   std::optional<Tensor> offset;
 
-  ScaleAndOffset(const Tensor& s, const std::optional<Tensor>& o, const Tensor& x, std::optional<int64_t> axis)
-      : scale(dense(s)) {
+  ScaleAndOffset(const Tensor& s, const OptionalTensor& o) : scale(dense(s)) {
     if (o) offset = dense(*o);
-    const int64_t channels = axis ? x.size(*axis) : 1;
-    for (const Tensor* t : {&scale, offset ? &*offset : &scale})
-      STD_TORCH_CHECK(
-          t->numel() == channels && t->scalar_type() == ScalarType::Float &&
-              t->get_device_index() == x.get_device_index() && t->is_cuda(),
-          "internal: scale and offset must be float32, one element a channel, on the device of x");
   }
 
   Arguments arguments(int64_t qmin, int64_t qmax) const {

@@ -2,7 +2,8 @@
 
 Each check stands once, in a function that an op's user-callable and fake kernel share, so eager and compiled code give
 the same message: in eager code the former calls it, while the compiler traces the latter does (Dynamo cannot trace a
-message that speaks of tensors).
+message that speaks of tensors). Where an op is called directly the backends in Python call it too (`library.CHECKS`);
+those in C++ have the same checks in csrc/arguments.h.
 """
 
 import torch
@@ -43,6 +44,19 @@ def check_per_scale(op: str, name: str, t: Tensor, x: Tensor, axis: int | None) 
             f"{op}: {name} must have shape ({x.shape[axis]},), one element for each channel along axis {axis} "
             f"of x {tuple(x.shape)}, got {tuple(t.shape)}"
         )
+
+
+def check_element(op: str, name: str, dtype: torch.dtype) -> None:
+    if dtype not in KERNEL_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {dtype}")
+
+
+def check_grad(op: str, grad: Tensor, x: Tensor) -> None:
+    check_element(op, "grad", grad.dtype)
+    if grad.device != x.device:
+        raise ValueError(f"{op}: grad is on {grad.device} but x is on {x.device}")
+    if tuple(grad.shape) != tuple(x.shape):
+        raise ValueError(f"{op}: grad must have x's shape {tuple(x.shape)}, got {tuple(grad.shape)}")
 
 
 def normalized(axis: int | None, x: Tensor) -> int | None:

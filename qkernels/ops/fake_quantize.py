@@ -8,32 +8,39 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import KERNEL_DTYPES, check_per_scale, check_range, check_x, normalized
-from .library import library
+from .checks import check_element, check_grad, check_per_scale, check_range, check_x, normalized
+from .library import check, library, register_fake
 from .transforms import as_channels, calls_op, from_channels, per_scale_channels, raise_double_backward, unrecorded
 
 ops = torch.ops.qkernels
 
 
-def _check_fake_quantize(
-    x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int, axis: int | None, out_dtype: torch.dtype
+def _check_quantizer(
+    op: str, x: Tensor, scale: Tensor, offset: Tensor | None, qmin: int, qmax: int, axis: int | None
 ) -> None:
-    check_x("fake_quantize", x, axis)
-    check_range("fake_quantize", qmin, qmax)
-    check_per_scale("fake_quantize", "scale", scale, x, axis)
+    check_x(op, x, axis)
+    check_range(op, qmin, qmax)
+    check_per_scale(op, "scale", scale, x, axis)
     if offset is not None:
-        check_per_scale("fake_quantize", "offset", offset, x, axis)
-    if out_dtype not in KERNEL_DTYPES:
-        raise TypeError(f"fake_quantize: out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+        check_per_scale(op, "offset", offset, x, axis)
 
 
-@torch.library.register_fake("qkernels::fake_quantize", lib=library)
+def _check_fake_quantize(x, scale, offset, qmin, qmax, axis, grad_factor, aten_edge, out_dtype):
+    _check_quantizer("fake_quantize", x, scale, offset, qmin, qmax, axis)
+    check_element("fake_quantize", "out_dtype", out_dtype)
+
+
+def _check_fake_quantize_backward(grad, x, scale, offset, qmin, qmax, axis, grad_factor, aten_edge, param_grads):
+    _check_quantizer("fake_quantize_backward", x, scale, offset, qmin, qmax, axis)
+    check_grad("fake_quantize_backward", grad, x)
+
+
+@register_fake("fake_quantize", _check_fake_quantize)
 def _fake_quantize_fake(x, scale, offset, qmin, qmax, axis, grad_factor, aten_edge, out_dtype):
-    _check_fake_quantize(x, scale, offset, qmin, qmax, axis, out_dtype)
     return torch.empty_like(x, dtype=out_dtype)
 
 
-@torch.library.register_fake("qkernels::fake_quantize_backward", lib=library)
+@register_fake("fake_quantize_backward", _check_fake_quantize_backward)
 def _fake_quantize_backward_fake(grad, x, scale, offset, qmin, qmax, axis, grad_factor, aten_edge, param_grads):
     grad_scale = torch.empty_like(scale) if param_grads else scale.new_empty(0)
     grad_offset = torch.empty_like(scale) if param_grads and offset is not None else scale.new_empty(0)
@@ -159,7 +166,6 @@ def fake_quantize(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if edge not in ("lsq", "aten"):
         raise ValueError(f'fake_quantize: edge must be "lsq" or "aten", got {edge!r}')
-    if not torch.compiler.is_compiling():
-        _check_fake_quantize(x, scale, offset, qmin, qmax, axis, out_dtype)
-    call = ops.fake_quantize.default if calls_op() else _FakeQuantize.apply
-    return call(x, scale, offset, qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype)
+    arguments = (x, scale, offset, qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype)
+    check("fake_quantize", x, *arguments)
+    return ops.fake_quantize.default(*arguments) if calls_op() else _FakeQuantize.apply(*arguments)

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_per_scale, check_range, check_x
-from .library import library
+from .checks import check_element, check_grad, check_per_scale, check_range, check_x
+from .library import check, library, register_fake
 from .transforms import as_channels, calls_op, from_channels, per_scale_channels, raise_double_backward, unrecorded
 
 ops = torch.ops.qkernels
 
 
-def _check_fake_quantize_multi(
+def _check_layers(
+    op: str,
     xs: Sequence[Tensor],
     scales: Sequence[Tensor],
     qmins: Sequence[int],
@@ -20,7 +21,6 @@ def _check_fake_quantize_multi(
     axis: int | None,
     grad_factors: Sequence[float],
 ) -> None:
-    op = "fake_quantize_multi"
     lengths = [len(a) for a in (xs, scales, qmins, qmaxs, grad_factors)]
     if len(set(lengths)) != 1:
         raise ValueError(
@@ -38,13 +38,29 @@ def _check_fake_quantize_multi(
             )
 
 
-@torch.library.register_fake("qkernels::fake_quantize_multi", lib=library)
+def _check_fake_quantize_multi(xs, scales, qmins, qmaxs, axis, grad_factors, out_dtype):
+    _check_layers("fake_quantize_multi", xs, scales, qmins, qmaxs, axis, grad_factors)
+    if out_dtype is not None:
+        check_element("fake_quantize_multi", "out_dtype", out_dtype)
+
+
+def _check_fake_quantize_multi_backward(grads, xs, scales, qmins, qmaxs, axis, grad_factors, param_grads):
+    op = "fake_quantize_multi_backward"
+    _check_layers(op, xs, scales, qmins, qmaxs, axis, grad_factors)
+    if len(grads) != len(xs):
+        raise ValueError(f"{op}: grads and xs must have one entry a layer, got {len(grads)} and {len(xs)}")
+    for i, (grad, x) in enumerate(zip(grads, xs, strict=True)):
+        check_grad(f"{op}, layer {i}", grad, x)
+        if grad.dtype != grads[0].dtype:
+            raise TypeError(f"{op}, layer {i}: all grads must share a dtype, got {grads[0].dtype} and {grad.dtype}")
+
+
+@register_fake("fake_quantize_multi", _check_fake_quantize_multi)
 def _fake_quantize_multi_fake(xs, scales, qmins, qmaxs, axis, grad_factors, out_dtype):
-    _check_fake_quantize_multi(xs, scales, qmins, qmaxs, axis, grad_factors)
     return [torch.empty_like(x, dtype=out_dtype or x.dtype) for x in xs]
 
 
-@torch.library.register_fake("qkernels::fake_quantize_multi_backward", lib=library)
+@register_fake("fake_quantize_multi_backward", _check_fake_quantize_multi_backward)
 def _fake_quantize_multi_backward_fake(grads, xs, scales, qmins, qmaxs, axis, grad_factors, param_grads):
     return (
         [torch.empty_like(x) for x in xs],
@@ -143,9 +159,8 @@ def fake_quantize_multi(
     if len(xs) == 0:
         return []
     grad_factors = [1.0] * len(xs) if grad_factors is None else [float(g) for g in grad_factors]
-    if not torch.compiler.is_compiling():
-        _check_fake_quantize_multi(xs, scales, qmins, qmaxs, axis, grad_factors)
     arguments = (list(qmins), list(qmaxs), axis, grad_factors, out_dtype)
+    check("fake_quantize_multi", xs[0], xs, scales, *arguments)
     if calls_op():
         return ops.fake_quantize_multi.default(list(xs), list(scales), *arguments)
     return list(_FakeQuantizeMulti.apply(*arguments, *xs, *scales))

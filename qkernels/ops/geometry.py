@@ -31,12 +31,11 @@ class Geometry:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         top, left, bottom, right = self.padding
-        padded = (height + top + bottom, width + left + right)
-        h, w = (
-            (n - d * (k - 1) - 1) // s + 1
-            for n, k, s, d in zip(padded, self.kernel, self.stride, self.dilation, strict=True)
+        (kernel_h, kernel_w), (stride_h, stride_w), (dilation_h, dilation_w) = self.kernel, self.stride, self.dilation
+        return (
+            (height + top + bottom - dilation_h * (kernel_h - 1) - 1) // stride_h + 1,
+            (width + left + right - dilation_w * (kernel_w - 1) - 1) // stride_w + 1,
         )
-        return h, w
 
     def tf_same(self, height: int, width: int) -> "Geometry":
         """With TensorFlow's "same" padding for an image of this size (timm's Conv2dSame)."""

@@ -7,8 +7,10 @@ not wanted because QKERNELS_BACKEND forces another backend on CPU tensors.
 import ctypes
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,3 +71,40 @@ library = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     if not hasattr(torch.ops.qkernels, _name):
         library.define(_name + _schema)
+
+# op -> its check of the schema's arguments, which raises TypeError or ValueError.
+CHECKS: dict[str, Callable[..., None]] = {}
+# (op, type of device) of the backends in Python.
+CHECKED: set[tuple[str, str]] = set()
+
+
+def check(op: str, x: torch.Tensor, *arguments: Any) -> None:
+    """What the functions that users call do before the op, unless it does so by itself: in Python, or being traced.
+
+    Transforms change the arguments on their way.
+    """
+    by_itself = (op, x.device.type) in CHECKED and not torch._C._are_functorch_transforms_active()
+    if not by_itself and not torch.compiler.is_compiling():
+        run_check(op, *arguments)
+
+
+def run_check(op: str, *arguments: Any) -> None:
+    """What fake kernels and the backends in Python begin with."""
+    try:
+        CHECKS[op](*arguments)
+    except AttributeError as error:  # None, which PyTorch lets pass for a tensor
+        raise TypeError(f"{op}: a tensor is missing: {error}") from None
+
+
+def register_fake(op: str, check: Callable[..., None]) -> Callable[[Callable[..., Any]], None]:
+    """Decorates an op's fake kernel, and names the check that goes before it."""
+    CHECKS[op] = check
+
+    def register(fake: Callable[..., Any]) -> None:
+        def checked(*arguments: Any) -> Any:
+            run_check(op, *arguments)
+            return fake(*arguments)
+
+        torch.library.register_fake(f"{NAMESPACE}::{op}", checked, lib=library)
+
+    return register

@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from .checks import check_x, normalized
-from .library import library
+from .library import check, library, register_fake
 
 
-@torch.library.register_fake("qkernels::mean_abs", lib=library)
-def _mean_abs_fake(x, axis):
+def _check_mean_abs(x, axis):
     check_x("mean_abs", x, axis)
+
+
+@register_fake("mean_abs", _check_mean_abs)
+def _mean_abs_fake(x, axis):
     return x.new_empty((), dtype=torch.float32) if axis is None else x.new_empty(x.shape[axis], dtype=torch.float32)
 
 
@@ -32,6 +35,5 @@ def mean_abs(x: Tensor, axis: int | None = None) -> Tensor:
         float32 [C], or 0-d without an axis; 0 for an empty slice.
     """
     axis = normalized(axis, x)
-    if not torch.compiler.is_compiling():
-        check_x("mean_abs", x, axis)
+    check("mean_abs", x, x, axis)
     return torch.ops.qkernels.mean_abs.default(x.detach(), axis)

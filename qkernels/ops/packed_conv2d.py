@@ -4,15 +4,15 @@ A convolution takes the members' images one member after another along the batch
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import KERNEL_DTYPES, check_members, check_range, check_same_device
+from .checks import KERNEL_DTYPES, check_element, check_members, check_range, check_same_device
 from .geometry import Geometry
-from .library import library
+from .library import check, register_fake
 from .packing import check_packed
 from .transforms import unrecorded
 
@@ -28,6 +28,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 MOST_TERMS = 2**31 // (255 * 128)  # of a sum of products of codes that surely fits int32
 
 
+def output_shape(x: Tensor, members: int, channels: int, geometry: Geometry, shared: bool) -> tuple[int, int, int, int]:
+    """[M * N, C, H', W'] of a convolution of x."""
+    return (x.shape[0] * (members if shared else 1), channels, *geometry.output_size(*x.shape[2:]))
+
+
+def with_geometry(check: Callable[..., None], first: int) -> Callable[..., None]:
+    """`check`, which takes a Geometry, of an op's arguments, which are its five parts from argument `first` on."""
+    return lambda *a: check(*a[:first], Geometry.of(*a[first : first + 5]), *a[first + 5 :])
+
+
 def check_conv(
     op: str,
     x: Tensor,
@@ -39,9 +49,9 @@ def check_conv(
     geometry: Geometry,
     shared: bool,
     activation: str,
-) -> tuple[int, int, int, int]:
-    """Checks what both convolutions share; returns the output's shape [M * N, C, H, W]."""
-    if x.dim() != 4:
+) -> None:
+    """Checks what both convolutions share."""
+    if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"{op}: x must be [images, channels, height, width], got shape {tuple(x.shape)}")
     if packed.dim() != 2 or scale.dim() != 2 or scale.shape[0] != packed.shape[0] or packed.shape[0] == 0:
         raise ValueError(
@@ -49,6 +59,9 @@ def check_conv(
             f"got {tuple(packed.shape)} and {tuple(scale.shape)}"
         )
     members, channels = scale.shape
+    window = (geometry.kernel, geometry.stride, geometry.dilation, geometry.padding)
+    if tuple(map(len, window)) != (2, 2, 2, 4):
+        raise ValueError(f"{op}: kernel, stride and dilation take two numbers each, padding four: {geometry}")
     if min(*geometry.kernel, *geometry.stride, *geometry.dilation, geometry.groups) < 1 or min(geometry.padding) < 0:
         raise ValueError(
             f"{op}: kernel, stride, dilation and groups must be positive and padding not negative: {geometry}"
@@ -67,14 +80,12 @@ def check_conv(
     check_members(op, scale=(scale, (members, channels)), bias=(bias, (members, channels)))
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    height, width = geometry.output_size(*x.shape[2:])
-    if height < 1 or width < 1:
+    shape = output_shape(x, members, channels, geometry, shared)
+    if min(shape[2:]) < 1:
         raise ValueError(f"{op}: the kernel {geometry.kernel} is larger than the padded image {tuple(x.shape[2:])}")
-    shape = (x.shape[0] * (members if shared else 1), channels, height, width)
     if residual is not None and tuple(residual.shape) != shape:
         raise ValueError(f"{op}: residual must have the output's shape {shape}, got {tuple(residual.shape)}")
     check_same_device(op, x, packed=packed, scale=scale, bias=bias, residual=residual)
-    return shape
 
 
 def _check_packed_conv2d(
@@ -87,19 +98,22 @@ def _check_packed_conv2d(
     geometry: Geometry,
     shared: bool,
     activation: str,
-) -> tuple[int, int, int, int]:
-    if x.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"packed_conv2d: x must be float32, bfloat16 or float16, got {x.dtype}")
+) -> None:
+    check_element("packed_conv2d", "x", x.dtype)
     if residual is not None and residual.dtype != x.dtype:
         raise TypeError(f"packed_conv2d: residual must have x's dtype {x.dtype}, got {residual.dtype}")
-    return check_conv("packed_conv2d", x, packed, scale, bias, residual, bits, geometry, shared, activation)
+    check_conv("packed_conv2d", x, packed, scale, bias, residual, bits, geometry, shared, activation)
 
 
-@torch.library.register_fake("qkernels::packed_conv2d", lib=library)
+def _fake_output(x: Tensor, scale: Tensor, window: Any, shared: bool, dtype: torch.dtype) -> Tensor:
+    members, channels = scale.shape
+    shape = output_shape(x, members, channels, Geometry.of(*window), shared)
+    return x.new_empty(shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+@register_fake("packed_conv2d", with_geometry(_check_packed_conv2d, 6))
 def _packed_conv2d_fake(x, packed, scale, bias, residual, bits, *rest):
-    geometry, (shared, activation) = Geometry.of(*rest[:5]), rest[5:]
-    shape = _check_packed_conv2d(x, packed, scale, bias, residual, bits, geometry, shared, activation)
-    return x.new_empty(shape).to(memory_format=torch.channels_last)
+    return _fake_output(x, scale, rest[:5], rest[5], x.dtype)
 
 
 def packed_conv2d(
@@ -127,9 +141,8 @@ def packed_conv2d(
     Returns:
         x's dtype [M * N, C_out, H', W'], channels_last. Sums are taken in float32.
     """
-    if not torch.compiler.is_compiling():
-        _check_packed_conv2d(x, packed, scale, bias, residual, bits, geometry, shared, activation)
     arguments = (x, packed, scale, bias, residual, bits, *geometry.arguments, shared, activation)
+    check("packed_conv2d", x, *arguments)
     return unrecorded(ops.packed_conv2d.default, *arguments)
 
 
@@ -149,12 +162,12 @@ def _check_packed_conv2d_int8(
     qmin: int,
     qmax: int,
     out_dtype: torch.dtype,
-) -> tuple[int, int, int, int]:
+) -> None:
     op = "packed_conv2d_int8"
     integers = (torch.int8, torch.uint8)
     if x.dtype not in integers:
         raise TypeError(f"{op}: x must be int8 or uint8 codes, got {x.dtype}; see qkernels.ops.packing.quantize")
-    shape = check_conv(op, x, packed, scale, bias, residual, bits, geometry, shared, activation)
+    check_conv(op, x, packed, scale, bias, residual, bits, geometry, shared, activation)
     terms = geometry.kernel[0] * geometry.kernel[1] * x.shape[1] // geometry.groups
     if terms > MOST_TERMS:
         raise ValueError(f"{op}: a sum of {terms} products may exceed int32, {MOST_TERMS} cannot; use packed_conv2d")
@@ -179,30 +192,11 @@ def _check_packed_conv2d_int8(
         least, most = (-128, 127) if out_dtype == torch.int8 else (0, 255)
         if qmin < least or qmax > most:
             raise ValueError(f"{op}: codes in [{qmin}, {qmax}] do not fit {out_dtype}")
-    return shape
 
 
-@torch.library.register_fake("qkernels::packed_conv2d_int8", lib=library)
+@register_fake("packed_conv2d_int8", with_geometry(_check_packed_conv2d_int8, 9))
 def _packed_conv2d_int8_fake(x, x_scale, packed, scale, bias, residual, residual_scale, out_scale, bits, *rest):
-    geometry, (shared, activation, qmin, qmax, out_dtype) = Geometry.of(*rest[:5]), rest[5:]
-    shape = _check_packed_conv2d_int8(
-        x,
-        x_scale,
-        packed,
-        scale,
-        bias,
-        residual,
-        residual_scale,
-        out_scale,
-        bits,
-        geometry,
-        shared,
-        activation,
-        qmin,
-        qmax,
-        out_dtype,
-    )
-    return x.new_empty(shape, dtype=out_dtype).to(memory_format=torch.channels_last)
+    return _fake_output(x, scale, rest[:5], rest[5], rest[-1])
 
 
 def packed_conv2d_int8(
@@ -239,8 +233,7 @@ def packed_conv2d_int8(
     Returns:
         out_dtype [M * N, C_out, H', W'], channels_last.
     """
-    arguments = (x, x_scale, packed, scale, bias, residual, residual_scale, out_scale, bits)
-    rest = (shared, activation, *code_range, out_dtype)
-    if not torch.compiler.is_compiling():
-        _check_packed_conv2d_int8(*arguments, geometry, *rest)
-    return unrecorded(ops.packed_conv2d_int8.default, *arguments, *geometry.arguments, *rest)
+    tensors = (x, x_scale, packed, scale, bias, residual, residual_scale, out_scale)
+    arguments = (*tensors, bits, *geometry.arguments, shared, activation, *code_range, out_dtype)
+    check("packed_conv2d_int8", x, *arguments)
+    return unrecorded(ops.packed_conv2d_int8.default, *arguments)

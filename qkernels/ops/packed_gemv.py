@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .checks import KERNEL_DTYPES
+from .checks import check_element
 from .geometry import Geometry
-from .library import library
+from .library import check, register_fake
 from .packed_conv2d import Activation, check_conv
 from .transforms import unrecorded
 
@@ -14,19 +14,17 @@ ops = torch.ops.qkernels
 
 def _check_packed_gemv(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int, shared: bool, activation: str
-) -> tuple[int, int]:
+) -> None:
     if x.dim() != 2:
         raise ValueError(f"packed_gemv: x must be [rows, in], got shape {tuple(x.shape)}")
-    if x.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"packed_gemv: x must be float32, bfloat16 or float16, got {x.dtype}")
+    check_element("packed_gemv", "x", x.dtype)
     images = x[:, :, None, None]
-    shape = check_conv("packed_gemv", images, packed, scale, bias, None, bits, Geometry(), shared, activation)
-    return shape[:2]
+    check_conv("packed_gemv", images, packed, scale, bias, None, bits, Geometry(), shared, activation)
 
 
-@torch.library.register_fake("qkernels::packed_gemv", lib=library)
+@register_fake("packed_gemv", _check_packed_gemv)
 def _packed_gemv_fake(x, packed, scale, bias, bits, shared, activation):
-    return x.new_empty(_check_packed_gemv(x, packed, scale, bias, bits, shared, activation))
+    return x.new_empty(x.shape[0] * (scale.shape[0] if shared else 1), scale.shape[1])
 
 
 def packed_gemv(
@@ -49,6 +47,6 @@ def packed_gemv(
     Returns:
         x's dtype [M * N, out]. Sums are taken in float32.
     """
-    if not torch.compiler.is_compiling():
-        _check_packed_gemv(x, packed, scale, bias, bits, shared, activation)
-    return unrecorded(ops.packed_gemv.default, x, packed, scale, bias, bits, shared, activation)
+    arguments = (x, packed, scale, bias, bits, shared, activation)
+    check("packed_gemv", x, *arguments)
+    return unrecorded(ops.packed_gemv.default, *arguments)

@@ -6,8 +6,8 @@ None of these ops is differentiable.
 import torch
 from torch import Tensor
 
-from .checks import KERNEL_DTYPES, check_members, check_range, check_same_device, normalized
-from .library import library
+from .checks import check_element, check_members, check_range, check_same_device, normalized
+from .library import check, register_fake
 
 ops = torch.ops.qkernels
 
@@ -47,9 +47,8 @@ def _check_pack(codes: Tensor, bits: int) -> None:
         raise TypeError(f"pack: codes must be int8 or uint8, got {codes.dtype}")
 
 
-@torch.library.register_fake("qkernels::pack", lib=library)
+@register_fake("pack", _check_pack)
 def _pack_fake(codes, bits):
-    _check_pack(codes, bits)
     return codes.new_empty(packed_bytes(codes.numel(), bits), dtype=torch.uint8)
 
 
@@ -63,14 +62,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 [packed_bytes(codes.numel(), bits)].
     """
-    if not torch.compiler.is_compiling():
-        _check_pack(codes, bits)
+    check("pack", codes, codes, bits)
     return ops.pack.default(codes, bits)
 
 
-@torch.library.register_fake("qkernels::unpack", lib=library)
-def _unpack_fake(packed, bits, count, signed):
+def _check_unpack(packed: Tensor, bits: int, count: int, signed: bool) -> None:
     check_packed("unpack", packed, bits, count)
+
+
+@register_fake("unpack", _check_unpack)
+def _unpack_fake(packed, bits, count, signed):
     return packed.new_empty((*packed.shape[:-1], count), dtype=torch.int8 if signed else torch.uint8)
 
 
@@ -92,8 +93,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | torch.Size, signe
     count = 1
     for n in shape:
         count *= n
-    if not torch.compiler.is_compiling():
-        check_packed("unpack", packed, bits, count)
+    check("unpack", packed, packed, bits, count, signed)
     return ops.unpack.default(packed, bits, count, signed).reshape(*packed.shape[:-1], *shape)
 
 
@@ -101,8 +101,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | torch.Size, signe
 
 
 def _check_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> None:
-    if x.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"quantize: x must be float32, bfloat16 or float16, got {x.dtype}")
+    check_element("quantize", "x", x.dtype)
     check_range("quantize", qmin, qmax)
     if not (qmin >= -128 and qmax <= 127) and not (qmin >= 0 and qmax <= 255):
         raise ValueError(f"quantize: codes in [{qmin}, {qmax}] fit neither int8 nor uint8")
@@ -114,9 +113,8 @@ def _check_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | 
         raise ValueError(f"quantize: scale must have one element without an axis, got shape {tuple(scale.shape)}")
 
 
-@torch.library.register_fake("qkernels::quantize", lib=library)
+@register_fake("quantize", _check_quantize)
 def _quantize_fake(x, scale, qmin, qmax, axis):
-    _check_quantize(x, scale, qmin, qmax, axis)
     return torch.empty_like(x, dtype=codes_dtype(qmin))
 
 
@@ -133,8 +131,7 @@ def quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None = 
         clamped into the range, and so does everything under a scale that is not positive and finite.
     """
     axis = normalized(axis, x)
-    if not torch.compiler.is_compiling():
-        _check_quantize(x, scale, qmin, qmax, axis)
+    check("quantize", x, x, scale, qmin, qmax, axis)
     return ops.quantize.default(x, scale, qmin, qmax, axis)
 
 
@@ -150,13 +147,11 @@ def _check_dequantize_packed(packed: Tensor, scale: Tensor, bits: int, count: in
         raise ValueError(f"{op}: {count} codes do not divide into {scale.shape[1]} channels")
     check_same_device(op, packed, scale=scale)
     check_members(op, scale=(scale, tuple(scale.shape)))
-    if out_dtype not in KERNEL_DTYPES:
-        raise TypeError(f"{op}: out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+    check_element(op, "out_dtype", out_dtype)
 
 
-@torch.library.register_fake("qkernels::dequantize_packed", lib=library)
+@register_fake("dequantize_packed", _check_dequantize_packed)
 def _dequantize_packed_fake(packed, scale, bits, count, out_dtype):
-    _check_dequantize_packed(packed, scale, bits, count, out_dtype)
     return scale.new_empty((*scale.shape, count // scale.shape[1]), dtype=out_dtype)
 
 
@@ -173,6 +168,5 @@ def dequantize_packed(
     Returns:
         out_dtype [M, C, count / C].
     """
-    if not torch.compiler.is_compiling():
-        _check_dequantize_packed(packed, scale, bits, count, out_dtype)
+    check("dequantize_packed", packed, packed, scale, bits, count, out_dtype)
     return ops.dequantize_packed.default(packed, scale, bits, count, out_dtype)

@@ -273,8 +273,6 @@ def fake_quantize_multi_backward(
     """`reference.fake_quantize_multi_backward`, in one launch; without an axis a second one folds partial sums."""
     xs = [dense(x) for x in xs]
     grads = [laid_out_as(grad, x) for grad, x in zip(grads, xs, strict=True)]
-    if len({grad.dtype for grad in grads}) > 1:
-        grads = [grad.float() for grad in grads]
     scales = [s.contiguous() for s in scales]
     factor_bits = torch.tensor(grad_factors, dtype=torch.float32).view(torch.int32).tolist()
     matrices = [_stacked(x, axis) for x in xs]

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.geometry import Geometry
+from ..ops.packed_conv2d import output_shape
 from . import tuning
 from .depthwise import depthwise_kernel
 from .implicit_gemm import conv_kernel, fold_kernel
@@ -33,6 +34,10 @@ def convolve(
     x: Tensor, packed: Tensor, epilogue: Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
 ) -> Tensor:
     """Fill and return epilogue.out."""
+    top, left, bottom, right = geometry.padding
+    padded = (x.shape[2] + top + bottom) * (x.shape[3] + left + right)
+    if max(padded, *geometry.stride, *geometry.dilation, epilogue.scale.numel()) >= 2**31:
+        raise ValueError(f"the Triton kernels count the pixels of a padded image in 32 bits: {geometry} is too large")
     if epilogue.out.numel():
         x = x.contiguous(memory_format=torch.channels_last)
         packed = packed.contiguous()
@@ -170,7 +175,7 @@ def _fold(partials: Tensor, epilogue: Epilogue, activation: str, out_aligned: in
 
 
 def output_of(x: Tensor, members: int, channels: int, geometry: Geometry, shared: bool, dtype: torch.dtype) -> Tensor:
-    shape = (x.shape[0] * (members if shared else 1), channels, *geometry.output_size(*x.shape[2:]))
+    shape = output_shape(x, members, channels, geometry, shared)
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
