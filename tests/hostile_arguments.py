@@ -227,7 +227,7 @@ def strided(t: Tensor, make: Maker) -> Tensor:
 def special(t: Tensor, make: Maker) -> Tensor:
     if not t.numel() or not t.dtype.is_floating_point:
         return t
-    t = t.clone()
+    t = t.clone(memory_format=torch.contiguous_format)
     t.view(-1)[make.random.randrange(t.numel())] = make(float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e-30)
     return t
 
