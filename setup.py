@@ -5,12 +5,12 @@ a wheel. The codec, for tests alone, is built for this Python where the build is
 
 Environment:
 
-
     QKERNELS_BUILD_CUDA   1: a missing nvcc is an error; 0: no C++/CUDA kernels; unset: build them if nvcc is found
     TORCH_CUDA_ARCH_LIST  GPU architectures, as PyTorch's extensions take them; default 8.0;8.6;8.9;9.0;10.0+PTX
     CUDA_HOME             where to look for nvcc first
     MAX_JOBS              parallel compilations
     QKERNELS_MANYLINUX    1: what is built runs with glibc 2.28 and GCC 8's libstdc++; `make wheel` sets it
+    QKERNELS_SANITIZE     1: with AddressSanitizer and UndefinedBehaviorSanitizer, for tests; `make sanitize` sets it
 """
 
 import os
@@ -40,6 +40,11 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of 
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
 # IEEE arithmetic is the contract (csrc/numerics.h): no contraction, no -ffast-math.
 CXX_FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-Wno-psabi"]
+# Without vptr, because the types of PyTorch and pybind11 are not instrumented.
+SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr -fno-sanitize-recover=all"
+SANITIZE = SANITIZERS.split() if os.environ.get("QKERNELS_SANITIZE") == "1" else []
+if SANITIZE:
+    CXX_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]  # errors name csrc/..., wherever it was
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", TORCH_TARGET]
 
@@ -139,7 +144,7 @@ class BuildKernels(build_ext):
             "  deps = gcc",
             "rule link",
             # libgcc before libgcc_s, whose conversions of float16 are of GCC 12.
-            "  command = $cxx -shared -Wl,--no-as-needed $in $libs -lgcc -o $out",
+            f"  command = $cxx {' '.join(SANITIZE)} -shared -Wl,--no-as-needed $in $libs -lgcc -o $out",
             # PyTorch's libraries are needed by name only, so empty ones with those names do to link against: the
             # result then loads beside any build of PyTorch, whichever was here.
             "rule stand_in",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.packing import packed_bytes
+from qkernels.ops.schemas import SCHEMAS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.uint8)
@@ -210,7 +211,7 @@ def expanded(t: Tensor, make: Maker) -> Tensor:
     if not t.dim() or 0 in t.shape:
         return t
     d = make.random.randrange(t.dim())
-    size = make(t.shape[d], t.shape[d], 2**20, 2**40)
+    size = make(t.shape[d], t.shape[d], 2**16, 2**40)
     return t.narrow(d, 0, 1).expand([size if i == d else n for i, n in enumerate(t.shape)])
 
 
@@ -304,4 +305,7 @@ def hostile(op: str, number: int, device: str) -> list[Any]:
     for _ in range(make(0, 1, 1, 1, 1, 1, 1, 2, 2, 3)):
         at = make.random.randrange(len(args))
         args[at] = changed_value(args[at], make)
+    # PyTorch takes numbers and tensors of one for dtypes, and looks up -77 in a table.
+    if SCHEMAS[op].count("ScalarType") and not isinstance(args[-1], torch.dtype | str | None):
+        args[-1] = make(*DTYPES)
     return args

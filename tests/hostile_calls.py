@@ -243,8 +243,14 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", default=list(SCHEMAS), choices=list(SCHEMAS))
     for name, default in (("count", 100), ("first", 0), ("megabytes", MEGABYTES), ("skip", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--attack", type=float, metavar="SECONDS", help="in other processes, and report")
     chosen = parser.parse_args()
-    make_calls(Calls(chosen.backend, tuple(chosen.ops), chosen.count, chosen.first, chosen.megabytes), chosen.skip)
+    calls = Calls(chosen.backend, tuple(chosen.ops), chosen.count, chosen.first, chosen.megabytes)
+    if chosen.attack is None:
+        return make_calls(calls, chosen.skip)
+    report = attack(calls, chosen.attack)
+    print(report)
+    sys.exit(len(report.failures))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ QK_VECTORIZED void values_of(
 // exp(x) for x <= 88 within two units in the last place: 2^n times a polynomial in the rest, |r| <= log(2) / 2.
 QK_ALWAYS_INLINE float exponential(float x) {
   x = clamp(x, -104.0f, 88.7f);
-  const float n = round_half_even(x * 1.44269504f);
+  const float scaled = round_half_even(x * 1.44269504f), n = scaled == scaled ? scaled : 0.0f;  // r is NaN then
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.0f / 5040;
   for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
@@ -75,7 +75,10 @@ QK_ALWAYS_INLINE float exponential(float x) {
 
 QK_VECTORIZED void silu(float* values, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) values[i] = values[i] / (1.0f + exponential(-values[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = values[i], y = v / (1.0f + exponential(-v));
+    values[i] = v < -FLT_MAX ? NAN : y;  // -infinity / (1 + infinity), where exponential() is finite
+  }
 }
 
 // The code is round(clamp(v / scale)) with IEEE division, which is slow. A product with 1 / scale differs from the
@@ -91,7 +94,10 @@ struct Requantizer {
         qmax(high), of_nan(clamp(0.0f, low, high)) {}
 };
 
-QK_ALWAYS_INLINE uint8_t byte_of(float code) { return static_cast<uint8_t>(static_cast<int>(code)); }
+// Of NaN, which no integer holds, 0.
+QK_ALWAYS_INLINE uint8_t byte_of(float code) {
+  return static_cast<uint8_t>(static_cast<int>(code == code ? code : 0.0f));
+}
 
 // Writes the codes of n values; false if some need the division.
 template <class Value>

@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
   ParameterGradients gradients(context, per_channel.scale.numel(), grad_factor);
   const Tensor none = empty_vector(0, ScalarType::Float, x);
   const Tensor grad_scale = param_grads ? gradients.want(0, per_channel.scale) : none;
-  const Tensor grad_offset = param_grads && per_channel.offset ? gradients.want(1, *per_channel.offset) : none;
+  const Tensor grad_offset = param_grads && per_channel.offset ? gradients.want(1, per_channel.scale) : none;
   if (x.numel() == 0) {
     context.zero(grad_scale);
     context.zero(grad_offset);

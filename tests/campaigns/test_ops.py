@@ -1,0 +1,39 @@
+"""Hostile calls of every op, many of them: none may crash, and each is refused or gives what the reference gives.
+
+Prints its figures (pytest -s), which docs/reliability.md quotes. The calls follow from FIRST; another one makes others.
+"""
+
+import pytest
+
+import hostile_calls
+from hostile_calls import Calls
+from qkernels.ops import library
+from qkernels.ops.schemas import SCHEMAS
+
+CALLS = 10_000  # of each op
+FIRST = 0
+SECONDS = 1200
+ISAS = ("portable", "avx2", "avx512vnni")
+
+pytestmark = [pytest.mark.nightly, pytest.mark.untraced, pytest.mark.timeout(SECONDS + 60)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_hostile_calls(isa):
+    """Of C++ for the CPU, with the kernels of each instruction set."""
+    if library.load("cpp") is not None:
+        pytest.skip("the C++ library was not built")
+    if isa not in ("portable", *library.cpu_features()):
+        pytest.skip(f"this CPU lacks {isa}")
+    report = hostile_calls.attack(Calls("cpp", count=CALLS, first=FIRST), SECONDS, QKERNELS_CPU_ISA=isa)
+    print(f"\nhostile calls, {isa}: {report}")
+    assert not report.failures, report
+    assert report.outcomes.total() == CALLS * len(SCHEMAS)
+
+
+def test_hostile_calls_of_triton():
+    """Fewer, because they are interpreted."""
+    pytest.importorskip("triton")
+    report = hostile_calls.attack(Calls("triton", count=CALLS // 50, first=FIRST), SECONDS)
+    print(f"\nhostile calls, Triton: {report}")
+    assert not report.failures, report
