@@ -79,12 +79,13 @@ CHECKED: set[tuple[str, str]] = set()
 
 
 def check(op: str, x: torch.Tensor, *arguments: Any) -> None:
-    """What the functions that users call do before the op, unless it does so by itself: in Python, or being traced.
+    """What the functions that users call do before the op, where what they call does not begin with it by itself.
 
-    Transforms change the arguments on their way.
+    While the compiler traces that is the fake kernel. A transform hands other arguments to the op than it is given.
     """
-    by_itself = (op, x.device.type) in CHECKED and not torch._C._are_functorch_transforms_active()
-    if not by_itself and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if (op, x.device.type) not in CHECKED or torch._C._are_functorch_transforms_active():
         run_check(op, *arguments)
 
 

@@ -266,6 +266,13 @@ def test_expanded_x_and_grad():
     assert_same(result[0], expected[0])
 
 
+def test_gradients_have_the_shape_of_scale():
+    x = torch.randn(4, 5, device=backend.device)
+    scale, offset = torch.full((1, 1), 0.1, device=backend.device), torch.zeros((), device=backend.device)
+    _, *gradients = backend.fake_quantize_backward(x, x, scale, offset, -8, 7, None, 1.0, False, True)
+    assert [g.shape for g in gradients] == [(1, 1), (1, 1)]
+
+
 def test_long_sums_stay_accurate():
     """Chains of additions: error within the bound where one program walks the whole tensor."""
     x = torch.rand(1 << 14, device=backend.device) + 0.1

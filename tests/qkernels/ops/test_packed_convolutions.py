@@ -322,6 +322,18 @@ def test_nan_and_infinity_follow_the_contract():
     np.testing.assert_array_equal(conv(out_scale, (3, 100), torch.int8), [[3, 3], [100, 3], [3, 3]])
 
 
+def test_silu_of_infinity():
+    """As PyTorch has it."""
+    layer = make_layer(np.random.default_rng(0), 4, 1, 1, (1, 1, 1), 1, Geometry(), True, "silu", False)
+    layer = layer._replace(
+        packed=laid_out(oracle.pack(np.array([1]), 4)[None]), scale=laid_out(np.ones((1, 1), np.float32))
+    )
+    x = torch.tensor([-math.inf, math.inf, math.nan, -1000.0, 0.0])
+    end = (4, *layer.geometry.arguments, True, "silu")
+    y = backend.packed_conv2d(laid_out(x[:, None, None, None]), layer.packed, layer.scale, None, None, *end)
+    np.testing.assert_allclose(array(y)[:, 0, 0, 0], torch.nn.functional.silu(x), atol=1e-30)
+
+
 def test_every_element_is_written(larger, poisoned_empty):
     rng = np.random.default_rng(0)
     for name, shared in (("3x3", True), ("depthwise", False)):
