@@ -16,6 +16,14 @@ def setup_py(monkeypatch):
     return runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))
 
 
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_sanitizers_are_built_in_when_they_are_asked_for(monkeypatch, wanted):
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setenv("QKERNELS_SANITIZE", wanted)
+    flags = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))["CXX_FLAGS"]
+    assert any(flag.startswith("-fsanitize=address,undefined") for flag in flags) == (wanted == "1")
+
+
 @pytest.fixture
 def nowhere(setup_py, monkeypatch):
     """No nvcc on PATH nor among installed packages, whose folders are in the list that this returns."""
