@@ -1,7 +1,7 @@
 """Fused kernels for quantization-aware training and packed low-bit inference."""
 
 from . import backends
-from .atomic import replace_file
+from .atomic import remove_leftovers, replace_file
 from .ops.fake_quantize import fake_quantize
 from .ops.fake_quantize_multi import fake_quantize_multi
 from .ops.mean_abs import mean_abs
@@ -62,6 +62,7 @@ __all__ = [
     "quantize_",
     "quantized_layers",
     "register_layer",
+    "remove_leftovers",
     "replace_file",
     "sign_packed_file",
     "snap_",

@@ -24,7 +24,7 @@ from qtdog.deployment.ensemble import EnsembleConfig, make_ensembles
 from qtdog.deployment.packed import EvalConfig, PredictConfig, evaluate_file, predict
 from qtdog.deployment.signing import CheckSignatureConfig, SignConfig, sign
 from qtdog.deployment.signing import verify as verify_signature
-from qtdog.errors import UserError
+from qtdog.errors import UserError, one_line
 from qtdog.methods.numbers import Number
 from qtdog.methods.presets import PARTS, PROTOCOLS, dashed, method_names, rule_numbers
 from qtdog.results.collect import CollectConfig, collect
@@ -282,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, argparse.ArgumentError) as error:
         print(f"qtdog: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"qtdog: error: {one_line(error)}{how_to_resume(arguments)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nqtdog: interrupted{how_to_resume(arguments)}", file=sys.stderr)
         return 130
@@ -368,11 +371,6 @@ def with_dashes(argument: str) -> str:
     if name.startswith("--") and name != "--print_config":
         name = dashed(name)
     return name + equals + value
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, joined to one line."""
-    return " ".join(part.strip() for part in str(error).splitlines() if part.strip())
 
 
 def how_to_resume(arguments: Sequence[str]) -> str:

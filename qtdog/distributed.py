@@ -82,6 +82,14 @@ def mean(value: Tensor) -> Tensor:
     return value
 
 
+def first_says(value: bool) -> bool:
+    """The first process's value, in all of them: files may have changed between two processes' looks at them."""
+    said = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(said, 0)
+    return said[0]
+
+
 def share(names: list[str]) -> list[str]:
     """The names whose work this process does; the processes' shares together are `names`."""
     return names[rank() :: world_size()]

@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from qtdog.analysis.pictures import save_picture
 from qtdog.analysis.probe import run_label
-from qtdog.files import csv_text, read_records
+from qtdog.errors import UserError
+from qtdog.files import REMEDY, csv_text, read_records, read_sealed
 from qtdog.log import Log
 from qtdog.methods.presets import find_method
 from qtdog.results.runs import ModelCard, find_runs, read_card
@@ -112,8 +113,11 @@ def read_disorder(folder: Path) -> Rows:
     file = folder / "disorder.csv"
     if not file.is_file():
         return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        return [[int(r["steps"]), r["scale"], float(r["disorder"]), float(r["frozen"])] for r in csv.DictReader(lines)]
+    try:
+        rows = csv.DictReader(read_sealed(file).decode().splitlines())
+        return [[int(r["steps"]), r["scale"], float(r["disorder"]), float(r["frozen"])] for r in rows]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
 
 
 def read_scales(folder: Path) -> Rows:

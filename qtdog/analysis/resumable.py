@@ -2,12 +2,31 @@
 
 import csv
 import io
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from qtdog.errors import UserError
-from qtdog.files import write_text
+from qtdog.files import append_text, write_text
+
+
+def line_of(cells: Sequence[str | float]) -> str:
+    """A line of CSV that ends with the checksum of what is before it."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow(cells)
+    return f"{out.getvalue()},{checksum(out.getvalue())}\n"
+
+
+def is_whole(line: str) -> bool:
+    """Whether a line is one of `line_of`, without its end."""
+    content, _, digits = line.rpartition(",")
+    return digits == checksum(content)
+
+
+def checksum(content: str) -> str:
+    """CRC-32, which notices a bit and any cut."""
+    return f"{zlib.crc32(content.encode()):08x}"
 
 
 class Recall(Protocol):
@@ -22,10 +41,10 @@ def measured_anew(what: str, measure: Callable[[], Sequence[float]]) -> list[flo
 
 
 class Partial:
-    """What is measured so far, in a CSV file: subject, what, numbers. A line is appended as soon as it is known.
+    """What is measured so far, in a CSV file: subject, what, numbers, checksum. Lines are appended as they are known.
 
     The same command after an interruption finds the file and goes on; what other settings would measure differently has
-    another subject or another `what`, and is left alone.
+    another subject or another `what`, and is left alone. A line that is cut or damaged is measured again.
     """
 
     def __init__(self, table: Path) -> None:
@@ -34,15 +53,15 @@ class Partial:
         self.known: dict[tuple[str, str], list[float]] = {}
         if not self.file.is_file():
             return
-        text = self.file.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
-        try:
-            for subject, what, *numbers in csv.reader(io.StringIO(whole)):
-                self.known[subject, what] = [float(number) for number in numbers]
-        except ValueError as error:
-            raise UserError(f"{self.file} holds no measurements of qtdog: move it away ({error})") from error
-        if whole != text:
-            write_text(self.file, whole)
+        text = self.file.read_bytes().decode(errors="replace")
+        *lines, rest = text.split("\n")  # a kill may have cut the last one
+        whole = [line for line in lines if is_whole(line)]
+        if lines and not whole:
+            raise UserError(f"{self.file} holds no measurements of qtdog: move it away")
+        for subject, what, *numbers, _ in csv.reader(whole):
+            self.known[subject, what] = [float(number) for number in numbers]
+        if rest or whole != lines:
+            write_text(self.file, "".join(f"{line}\n" for line in whole))
 
     def of(self, subject: str) -> Recall:
         """The memory of one subject."""
@@ -50,9 +69,7 @@ class Partial:
         def recall(what: str, measure: Callable[[], Sequence[float]]) -> list[float]:
             if (subject, what) not in self.known:
                 numbers = list(measure())
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("a", encoding="utf-8", newline="") as out:
-                    csv.writer(out, lineterminator="\n").writerow([subject, what, *numbers])
+                append_text(self.file, line_of([subject, what, *numbers]))
                 self.known[subject, what] = numbers
             return self.known[subject, what]
 

@@ -19,7 +19,7 @@ from qtdog.data.loaders import EvaluationImages
 from qtdog.deployment.packed import calibration_batches, pack_members
 from qtdog.environment import describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
-from qtdog.files import write_json, write_records
+from qtdog.files import DONE, seal, write_json, write_records
 from qtdog.log import PRINT, Log
 from qtdog.methods.presets import find_method
 from qtdog.results.data_of_runs import DataOfRuns
@@ -171,11 +171,13 @@ def ensemble(
     }
     alone = {f"{part}_acc": of_members for part, (_, of_members) in judged.items()}
     manifest = [manifest_entry(member, {part: of[i] for part, of in alone.items()}) for i, member in enumerate(members)]
+    (folder / DONE).unlink(missing_ok=True)
     write_json(folder / "members.json", {"combine": config.combine, "members": manifest})
     write_records(folder / "results.jsonl", [record])
     if packed is not None:
         accuracy = {parts[part].domain.name: judged[part][0] for part in wanted if part != f"env{run.test_env}_out"}
         packed.save(folder / "packed", accuracy=accuracy, seeds=[member.run.seed for _, member in members])
+    seal(folder, ["members.json", "results.jsonl"])
     together, each = judged[f"env{run.test_env}_in"]
     singles = ", ".join(f"{100 * one:.1f}" for one in each)
     log(f"  target accuracy {100 * together:.1f} (members alone: {singles}) -> {folder}")

@@ -20,7 +20,7 @@ from qtdog.data.loaders import EvaluationImages, Part
 from qtdog.deployment.info import info_of, preprocessing_of
 from qtdog.environment import pick_device, pick_workers
 from qtdog.errors import UserError
-from qtdog.log import Log
+from qtdog.log import PRINT, Log
 from qtdog.results.runs import ModelCard
 from qtdog.training.evaluation import combine_logits, member_accuracies
 
@@ -204,8 +204,8 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         }
         records.append(record)
         if config.json:
-            print(json.dumps(record))
+            PRINT(json.dumps(record))
         else:
             chances = ", ".join(f"{label} {chance:.3f}" for label, chance in record["classes"].items())
-            print(f"{image}  {chances}  (disagreement {record['disagreement']:.2f})")
+            PRINT(f"{image}  {chances}  (disagreement {record['disagreement']:.2f})")
     return records

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from qtdog.errors import UserError
-from qtdog.files import read_records, write_json, write_text
+from qtdog.files import is_done, read_records, write_json, write_text
 from qtdog.log import PRINT, Log
 from qtdog.results import table_formats
 from qtdog.results.runs import find_runs, read_card
@@ -63,8 +63,3 @@ def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:
     written = [output / f"table.{suffix}" for suffix in ("txt", "md", "tex", "csv", "json")]
     log("written: " + ", ".join(map(str, written)))
     return written
-
-
-def is_done(folder: Path) -> bool:
-    """Whether a run's folder has the mark of a finished one."""
-    return (folder / "done").is_file()

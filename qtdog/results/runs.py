@@ -6,9 +6,10 @@
     checkpoint.pt       to resume from: tensors and plain types only
     model.safetensors   the selected model
     model.json          what is needed to rebuild and to judge it
-    done                the run has finished
+    done                the run has finished, with these files' checksums (but for the checkpoint's, which has its own)
 
-Files are written beside themselves and then renamed, so that a kill leaves the old or the new one, never a half.
+While it is trained also .lock, which its process holds, and checkpoint.previous.pt. Files are written beside themselves
+and then renamed, so that a kill leaves the old or the new one, never a half.
 """
 
 import json
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -25,10 +27,12 @@ import qkernels as qk
 from qkernels import replace_file
 from qtdog.config import RunConfig
 from qtdog.data import Preprocessing
-from qtdog.errors import UserError
-from qtdog.files import write_json
+from qtdog.errors import UserError, one_line
+from qtdog.files import is_done, read_sealed, write_json
 from qtdog.models import build_model
 from qtdog.plugins import require
+
+SEALED = ("config.yaml", "results.jsonl", "model.safetensors", "model.json")
 
 
 def seconds_of(records: Sequence[dict[str, Any]]) -> float:
@@ -82,8 +86,9 @@ class ModelCard:
 
 def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
     """model.safetensors, then model.json."""
-    tensors = {name: value.contiguous() for name, value in state.items()}
-    replace_file(folder / "model.safetensors", lambda temporary: safetensors.torch.save_file(tensors, temporary))
+    # As bytes: what save_file raises on a full disk is no OSError.
+    content = safetensors.torch.save({name: value.contiguous() for name, value in state.items()})
+    replace_file(folder / "model.safetensors", lambda temporary: temporary.write_bytes(content))
     write_json(folder / "model.json", asdict(card))
 
 
@@ -93,7 +98,7 @@ def read_card(folder: Path) -> ModelCard:
     if not file.is_file():
         raise UserError(f"{folder} holds no model.json: not a finished run of `qtdog train`")
     try:
-        card = ModelCard(**json.loads(file.read_text(encoding="utf-8")))
+        card = ModelCard(**json.loads(read_sealed(file)))
         plugins = card.run.plugins
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is not a model card of this version of qtdog: {error}") from error
@@ -113,7 +118,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Mod
     if card.quantization is not None:
         qk.quantize_(model, qk.QConfig.from_dict(card.quantization))
         qk.fuse_weights_(model)
-    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    weights = folder / "model.safetensors"
+    try:
+        model.load_state_dict(safetensors.torch.load(read_sealed(weights)))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise UserError(f"{weights} is damaged, or not that of the model.json beside it: {one_line(error)}") from error
     return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
@@ -131,7 +140,7 @@ def find_runs(places: Sequence[str]) -> list[Path]:
     for place in map(Path, places):
         if not place.is_dir():
             raise UserError(f"{place} is not a folder")
-        finished = [done.parent for done in sorted(place.rglob("done")) if (done.parent / "model.json").is_file()]
+        finished = [card.parent for card in sorted(place.rglob("model.json")) if is_done(card.parent)]
         if not finished:
             raise UserError(f"{place} holds no finished run: `qtdog train` makes them, `--resume` finishes them")
         found.update({folder.resolve(): folder for folder in finished})

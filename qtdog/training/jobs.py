@@ -1,11 +1,9 @@
 """Leave-one-domain-out: one run for each target domain and seed, one after the other or several at once."""
 
-import fcntl
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from multiprocessing.sharedctypes import Synchronized
@@ -18,14 +16,15 @@ from qtdog.config import Device, RunConfig, TrainConfig
 from qtdog.data import DIGITS, DomainSet, Preprocessing, load_dataset
 from qtdog.environment import cores, describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
-from qtdog.files import read_records
+from qtdog.files import is_done, read_records
 from qtdog.log import Log
 from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.presets import find_method, seeds_of, settle
 from qtdog.models import preprocessing
 from qtdog.results.runs import read_card, run_folder, seconds_of
+from qtdog.training.folders import prepare_folder, sole_owner
 from qtdog.training.progress import Progress, clock
-from qtdog.training.trainer import facts, prepare_folder, train
+from qtdog.training.trainer import facts, train
 
 WATCH_SECONDS = 0.5  # between two looks at how far the runs are
 _steps_done: "Synchronized[int] | None" = None  # in a process that `run_each` has started
@@ -43,14 +42,23 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether it has been trained to its end."""
-        return (self.folder / "done").is_file()
+        return is_done(self.folder)
 
     def train(self, shown: bool = True) -> None:
-        """Train it in its prepared folder, with log and progress bar printed if `shown`."""
+        """Claim its folder and train it there, with log and progress bar printed if `shown`; nothing if it is finished.
+
+        Raises:
+            TrainedElsewhere: if another process trains it now.
+        """
+        with sole_owner(self.folder):
+            self.train_claimed(shown)
+
+    def train_claimed(self, shown: bool) -> None:
+        """`train` in a folder that is claimed: what was known of it before may have changed until then."""
         plugins.load_installed()  # for a process of its own
         plugins.load(plugin.path for plugin in self.run.plugins)
         plugins.require(self.run.plugins, str(self.folder), unchanged=True)
-        with sole_owner(self.folder):
+        if distributed.first_says(distributed.is_first() and prepare_folder(self.run, self.folder, True, False)):
             prepared, dataset = self.data(shown)
             train(self.run, dataset, self.folder, prepared, pick_device(self.device), self.workers, shown, count)
 
@@ -81,24 +89,6 @@ def read_dataset(name: str, data_dir: str | None, prepared: Preprocessing | None
     if name not in DIGITS:
         log(f"reading {name}" + (f" under {data_dir}" if data_dir else ""))
     return load_dataset(name, data_dir, prepared, log)
-
-
-@contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
-    """Claims a run's folder until this process lets go or ends; UserError if it is claimed already.
-
-    Of the processes of one run, the first claims it for all.
-    """
-    if not distributed.is_first():
-        yield
-        return
-    with (folder / "config.yaml").open("r+") as file:
-        try:
-            # Not flock: the reader processes of a killed run would inherit the claim and hold it until they notice.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"{folder} is being trained by another process") from error
-        yield
 
 
 def train_all(config: TrainConfig) -> list[Path]:
@@ -149,10 +139,7 @@ def plan(config: TrainConfig) -> list[Job]:
 
 def prepare(job: Job, config: TrainConfig) -> None:
     """Prepare the folder of a job that no other process is training, whose files --overwrite would pull away."""
-    if (job.folder / "config.yaml").is_file():
-        with sole_owner(job.folder):
-            prepare_folder(job.run, job.folder, config.resume, config.overwrite)
-    else:
+    with sole_owner(job.folder):
         prepare_folder(job.run, job.folder, config.resume, config.overwrite)
 
 
@@ -170,7 +157,7 @@ def carry_out(jobs: Sequence[Job], at_once: int, threads: int | None = None) -> 
     for job in jobs:
         if job.finished:
             log(f"{job.folder} is finished, not run again (remove it, or train with --overwrite, to do so)")
-    left = [job for job in jobs if not job.finished]
+    left = [job for job in jobs if not distributed.first_says(job.finished)]
     for fact in dict.fromkeys(fact for job in left for fact in job.facts()):
         log(fact)
     if at_once == 1:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,13 +21,13 @@ from qtdog.config import TrainConfig
 from qtdog.data import DIGITS, domain_names
 from qtdog.distributed import world_size
 from qtdog.environment import pick_workers
-from qtdog.errors import UserError
-from qtdog.files import write_text
+from qtdog.errors import UserError, one_line
+from qtdog.files import is_done, write_text
 from qtdog.log import Log
 from qtdog.methods.presets import composed, dashed, find_method, meaningless, rule_numbers, seeds_of, settle
 from qtdog.results.runs import read_card
-from qtdog.training.jobs import Job, check_jobs, parse_targets, run_each, sole_owner
-from qtdog.training.trainer import prepare_folder
+from qtdog.training.folders import TrainedElsewhere, is_claimed, sole_owner
+from qtdog.training.jobs import Job, check_jobs, parse_targets, run_each
 
 STATES = ("done", "running", "interrupted", "failed", "missing")
 
@@ -84,14 +85,12 @@ def sweep(config: SweepConfig) -> None:
     errors: list[BaseException] = []
     with tqdm(total=len(open_jobs), desc="sweep", disable=None) as bar:
         for job, error in engine(config, open_jobs):
-            done = (
-                f"target accuracy {read_card(job.folder).target_accuracy:.4f}" if error is None else f"FAILED: {error}"
-            )
-            log(f"{job}: {done}")
-            errors += [error] if error is not None else []
+            log(f"{job}: {outcome(job, error)}")
+            if error is not None and not isinstance(error, TrainedElsewhere):
+                errors.append(error)
             bar.update()
     for error in errors:
-        if not isinstance(error, UserError):
+        if not isinstance(error, UserError | OSError):
             raise error
     if errors:
         raise UserError(
@@ -99,6 +98,13 @@ def sweep(config: SweepConfig) -> None:
         )
     needed = [f" --plugin {plugin.path}" for plugin in dict.fromkeys(p for job in jobs for p in job.run.plugins)]
     log(f"`qtdog collect {config.output_dir}{''.join(needed)}` makes the tables")
+
+
+def outcome(job: Job, error: BaseException | None) -> str:
+    """How a run ended; one that another sweep trains now is that one's to report."""
+    if error is None:
+        return f"target accuracy {read_card(job.folder).target_accuracy:.4f}"
+    return one_line(error) if isinstance(error, TrainedElsewhere) else f"FAILED: {one_line(error)}"
 
 
 def check(config: SweepConfig) -> None:
@@ -172,26 +178,25 @@ def engine(config: SweepConfig, jobs: Sequence[SweepJob]) -> Iterator[tuple[Job,
 def carry_on(job: Job, progress: bool) -> None:
     """Start a run, or continue it from its checkpoint; leaves the file `failed` if that cannot be done."""
     failed = job.folder / "failed"
-    prepare_folder(job.run, job.folder, resume=True, overwrite=False)
-    failed.unlink(missing_ok=True)
-    try:
-        job.train(progress)
-    except Exception as error:
-        write_text(failed, f"{type(error).__name__}: {error}\n")
-        raise
+    with sole_owner(job.folder):
+        failed.unlink(missing_ok=True)
+        try:
+            job.train_claimed(progress)
+        except Exception as error:
+            with suppress(OSError):  # of a full disk that error tells already
+                write_text(failed, f"{type(error).__name__}: {one_line(error)}\n")
+            raise
 
 
 def state(folder: Path) -> str:
     """One of STATES."""
-    if (folder / "done").is_file():
+    if is_done(folder):
         return "done"
+    if is_claimed(folder):
+        return "running"
     if not (folder / "config.yaml").is_file():
         return "missing"
-    try:
-        with sole_owner(folder):
-            return "failed" if (folder / "failed").is_file() else "interrupted"
-    except UserError:
-        return "running"
+    return "failed" if (folder / "failed").is_file() else "interrupted"
 
 
 def show(jobs: Sequence[SweepJob], log: Log) -> None:
@@ -200,7 +205,7 @@ def show(jobs: Sequence[SweepJob], log: Log) -> None:
     for job, its_state in zip(jobs, states, strict=True):
         log(f"{its_state:<11}  {job.folder}  {job}")
         if its_state == "failed":
-            log(f"{'':<11}  {(job.folder / 'failed').read_text(encoding='utf-8').strip()}")
+            log(f"{'':<11}  {(job.folder / 'failed').read_text(encoding='utf-8', errors='replace').strip()}")
     log(f"{len(jobs)} runs: {counted(states)}")
 
 

@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import qkernels as qk
-from qkernels import replace_file
 from qtdog.config import Quantization, RunConfig
 from qtdog.data import DomainSet, Preprocessing
 from qtdog.data.images import AUGMENTATIONS
@@ -26,41 +23,18 @@ from qtdog.data.splits import seed_hash
 from qtdog.distributed import is_first, mean, merged, rank, share, share_buffers, synchronized, world_size
 from qtdog.environment import describe_environment
 from qtdog.errors import UserError
-from qtdog.files import read_records, write_records, write_text
+from qtdog.files import parse_records, read_records, records_text, seal, write_records, write_text
 from qtdog.log import Log
 from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.averaging import AVERAGING, holding
 from qtdog.methods.presets import changed_from_preset, find_method
 from qtdog.methods.steps import STEPS
 from qtdog.models import build_model, train_mode
-from qtdog.results.runs import ModelCard, save_model
+from qtdog.results.runs import SEALED, ModelCard, save_model
+from qtdog.training.checkpoints import BEFORE, read_checkpoint, remove_checkpoints, write_checkpoint
 from qtdog.training.evaluation import accuracy, domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
 
 STATISTICS_BATCHES = 20
-
-
-def prepare_folder(run: RunConfig, folder: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether the run is still to be trained. Raises UserError if the folder holds another run, or half of this one."""
-    stored = folder / "config.yaml"
-    if overwrite or not stored.is_file():
-        written = ("done", "checkpoint.pt", "results.jsonl", "out.txt", "model.json", "model.safetensors")
-        for name in (*written, "disorder.csv"):
-            (folder / name).unlink(missing_ok=True)
-        write_text(stored, yaml.safe_dump(run.to_dict(), sort_keys=False))
-        return True
-    old, new = yaml.safe_load(stored.read_text(encoding="utf-8")), run.to_dict()
-    for values in (old, new):  # wherever the files lie
-        values["plugins"] = [plugin["sha256"][:8] for plugin in values.get("plugins", [])]
-    changed = [f"{name} was {old.get(name)}, is now {new[name]}" for name in new if old.get(name) != new[name]]
-    if changed:
-        raise UserError(
-            f"{folder} holds a run with other settings ({'; '.join(changed)}): use another --output-dir, or --overwrite"
-        )
-    if (folder / "done").is_file():
-        return False
-    if (folder / "checkpoint.pt").is_file() and not resume:
-        raise UserError(f"{folder} holds this run unfinished: continue with --resume, or start again with --overwrite")
-    return True
 
 
 def switch(model: nn.Module, optimizer: torch.optim.Optimizer, quantization: Quantization) -> qk.QuantizationReport:
@@ -326,9 +300,7 @@ class Trainer:
         if self.device.type == "cuda":
             record["mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.records.append(record)
-        write_records(self.folder / "results.jsonl", self.records)
-        for name, text in self.take_step.files().items():
-            write_text(self.folder / name, text)
+        self.write_results()
         stored = {
             "step": step,
             "data": self.data_fingerprint(),
@@ -338,20 +310,28 @@ class Trainer:
             "averaging": self.averaging.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "best": self.best,
+            "records": records_text(self.records),
         }
-        replace_file(self.folder / "checkpoint.pt", partial(torch.save, stored))
+        if is_first():
+            write_checkpoint(self.folder, stored)
         self.log(
             f"step {step:>5}  loss {loss:.4f}  source out {mean_out_accuracy(accuracies, self.sources):.4f}  "
             f"target in {accuracies[f'env{self.run.test_env}_in_acc']:.4f}  {step_time:.3f} s/step  "
             f"{'quantized' if quantized else 'float'}{', averaged' if averaged else ''}"
         )
 
+    def write_results(self) -> None:
+        """results.jsonl, and what the step rule has to tell."""
+        if is_first():
+            write_records(self.folder / "results.jsonl", self.records)
+            for name, text in self.take_step.files().items():
+                write_text(self.folder / name, text)
+
     def restore(self) -> None:
-        """Continue after the last checkpoint, if there is one."""
-        file = self.folder / "checkpoint.pt"
-        if not file.is_file():
+        """Continue after the last checkpoint that is whole, if there is one."""
+        stored = read_checkpoint(self.folder, self.log)
+        if stored is None:
             return
-        stored = torch.load(file, map_location="cpu", weights_only=True)
         if stored["data"] != self.data_fingerprint():
             raise UserError(
                 f"{self.folder} was trained on other data ({stored['data']['source']}, not {self.dataset.source}): "
@@ -368,8 +348,11 @@ class Trainer:
         if self.scaler:
             self.scaler.load_state_dict(stored["scaler"])
         self.best = stored["best"]
-        # A kill between the two writes of `checkpoint` leaves a record that will be made again.
-        self.records = [r for r in read_records(self.folder / "results.jsonl") if r["step"] < self.start]
+        if "records" in stored:
+            self.records = parse_records(stored["records"])
+        else:  # of an earlier version, whose results.jsonl may hold a record that will be made again
+            self.records = [r for r in read_records(self.folder / "results.jsonl") if r["step"] < self.start]
+        self.write_results()
         self.log(f"resumed after step {stored['step']}")
 
     def finish(self, preprocessing: Preprocessing | None) -> ModelCard:
@@ -396,8 +379,10 @@ class Trainer:
             environment=self.environment,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        save_model(self.folder, self.best["model"], card)
-        write_text(self.folder / "done", "done\n")
+        if is_first():
+            save_model(self.folder, self.best["model"], card)
+            seal(self.folder, [*SEALED, *self.take_step.files()])
+            remove_checkpoints(self.folder, BEFORE)
         self.log(f"selected step {card.selected_step}, target accuracy {card.target_accuracy:.4f}")
         return card
 

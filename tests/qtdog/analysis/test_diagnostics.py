@@ -10,7 +10,7 @@ from qtdog.analysis.diagnostics import HISTORIES, accuracy_points
 from qtdog.cli import main
 from qtdog.errors import UserError
 from qtdog.results.runs import read_card
-from tiny import DIGITS
+from tiny import DIGITS, write_card
 
 
 def read(file):
@@ -85,7 +85,7 @@ def copy_of(run, place, bits, accuracy, **settings):
     card["config"]["quantization"] |= {"weight_bits": bits, "qat_mode": settings.pop("qat_mode", "qat")}
     card["config"].update(settings)
     card["accuracies"][f"env{card['config']['test_env']}_in_acc"] = accuracy
-    (place / "model.json").write_text(json.dumps(card))
+    write_card(place, card)
     return place
 
 

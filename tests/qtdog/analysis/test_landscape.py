@@ -10,9 +10,10 @@ import qkernels as qk
 from qtdog.analysis import landscape, probe
 from qtdog.analysis.landscape import LandscapeConfig
 from qtdog.cli import main
+from qtdog.files import seal
 from qtdog.log import Log
 from qtdog.models import build_model
-from qtdog.results.runs import ModelCard, save_model
+from qtdog.results.runs import SEALED, ModelCard, save_model
 from qtdog.training.evaluation import mean_loss
 
 
@@ -100,6 +101,7 @@ def test_inq_has_no_latent_weights_to_move(trained, tmp_path, capsys):
     qk.quantize_(model, qk.QConfig(quantizer="inq"))
     qk.snap_(model, 1.0)
     save_model(run, model.state_dict(), ModelCard(**card))
+    seal(run, SEALED)
     assert main(["landscape", str(run), "--quantize-each", "--output", str(tmp_path / "l.png")]) == 2
     assert "INQ's levels" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.results.runs import load_model
 from qtdog.training.evaluation import combine_logits, member_accuracies
+from tiny import write_card
 
 
 def test_mean_of_logits_is_not_mean_of_probabilities():
@@ -89,7 +90,7 @@ def test_members_of_a_sweep(runs, tmp_path, digits_dir):
                 card["config"]["hparams_seed"] = draw
                 card["config"]["quantization"]["qat_mode"] = mode
                 card["source_validation_accuracy"] = 0.5 + (draw == seed)
-                (made[name] / "model.json").write_text(json.dumps(card))
+                write_card(made[name], card)
     written = ensemble.make_ensembles(EnsembleConfig([str(sweep)], device="cpu"))
     place = sweep / "ensembles" / "RotatedMNIST" / "qtdog" / "0"
     assert written == [place / f"trial0_qat-mode_{mode}_ensemble" for mode in ("qat", "rtn-frozen")]
@@ -109,7 +110,7 @@ def change(folder, **values):
             card[name] = value
         else:
             card["config"][name] = value
-    (folder / "model.json").write_text(json.dumps(card))
+    write_card(folder, card)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_nothing_to_average(runs, place, told):
 
 def test_broken_card(runs):
     member = runs / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1"
-    (member / "model.json").write_text("{}")
+    write_card(member, {})
     with pytest.raises(UserError, match="is not a model card"):
         ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
     with pytest.raises(UserError, match=r"holds no model\.json"):

@@ -14,7 +14,7 @@ import qkernels as qk
 from qtdog.cli import main
 from qtdog.files import read_records
 from qtdog.results.runs import load_model
-from tiny import ICON_STYLES, LITE0_WEIGHTS
+from tiny import ICON_STYLES, LITE0_WEIGHTS, write_card
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_integer_activations_need_quantized_members(trained, digits_dir, tmp_pat
     second = shutil.copytree(first, first.parent / "trial0_seed1")
     card = json.loads((second / "model.json").read_text())
     card["config"]["seed"] = 1
-    (second / "model.json").write_text(json.dumps(card))
+    write_card(second, card)
     assert main(["ensemble", str(runs), "--integer", "mse", "--device", "cpu"]) == 2
     told = capsys.readouterr()
     assert "erm on RotatedMNIST, target 0, trial 0 is float: no integer activations" in told.out

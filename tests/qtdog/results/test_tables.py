@@ -14,7 +14,7 @@ from qtdog.results import collect, table_formats, tables
 from qtdog.results.collect import CollectConfig
 from qtdog.results.runs import find_runs, read_card
 from qtdog.results.statistics import Cell
-from tiny import DIGITS
+from tiny import DIGITS, write_card
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_output_dir_and_mixed_domains(trained, tmp_path):
     assert [path.name for path in written] == ["table.txt", "table.md", "table.tex", "table.csv", "table.json"]
     assert all(path.parent == tmp_path / "results" and path.is_file() for path in written)
     runs = shutil.copytree(trained, tmp_path / "runs")
-    file = runs / "RotatedMNIST" / "erm" / "0" / "trial0_seed0" / "model.json"
-    file.write_text(file.read_text().replace('"75"', '"76"'))
+    run = runs / "RotatedMNIST" / "erm" / "0" / "trial0_seed0"
+    write_card(run, json.loads((run / "model.json").read_text().replace('"75"', '"76"')))
     with pytest.raises(UserError, match="have different domains"):
         collect.collect(CollectConfig(str(runs)))

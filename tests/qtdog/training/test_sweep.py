@@ -15,7 +15,7 @@ from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.methods.hparams import random_hparams
 from qtdog.methods.presets import settle
-from qtdog.training import jobs, sweep
+from qtdog.training import folders, jobs, sweep
 from qtdog.training.sweep import SweepConfig
 
 TINY = ["--batch-size", "2", "--device", "cpu", "--steps", "3", "--checkpoint-freq", "1", "--eval-train-images", "4"]
@@ -110,16 +110,15 @@ def test_states_and_the_claim_of_a_folder(tmp_path):
     folder.mkdir()
     (folder / "config.yaml").write_text("{}")
     assert sweep.state(folder) == "interrupted"
-    holds = (
-        f"import sys, pathlib\nfrom qtdog.training.jobs import sole_owner\nwith sole_owner(pathlib.Path('{folder}')):\n"
-    )
+    holds = "import sys, pathlib\nfrom qtdog.training.folders import sole_owner\n"
+    holds += f"with sole_owner(pathlib.Path('{folder}')):\n"
     holder = subprocess.Popen(
         [sys.executable, "-c", holds + "    print('held', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout.readline() == "held\n"
     assert sweep.state(folder) == "running"
-    with pytest.raises(UserError, match="is being trained by another process"), jobs.sole_owner(folder):
+    with pytest.raises(UserError, match="is being trained by another process"), folders.sole_owner(folder):
         pass
     holder.kill()
     holder.wait()
@@ -197,7 +196,7 @@ def test_a_killed_workers_run_continues_from_its_checkpoint_on_ray(ray_cluster, 
     killed = []
     while sweeping.is_alive() and not killed:
         for checkpoint in (tmp_path / "ray").glob("*/checkpoint.pt"):
-            for process in processes_that_hold(checkpoint.with_name("config.yaml")):
+            for process in processes_that_hold(checkpoint.with_name(".lock")):
                 os.kill(process, signal.SIGKILL)
                 killed.append(process)
         time.sleep(0.02)

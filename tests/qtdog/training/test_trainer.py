@@ -99,7 +99,7 @@ def test_run_folder_holds_what_it_should(trained):
     folder = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.yaml", "out.txt", "results.jsonl", "checkpoint.pt", "model.safetensors", "model.json", "done"
+        ".lock", "config.yaml", "out.txt", "results.jsonl", "checkpoint.pt", "model.safetensors", "model.json", "done"
     }  # fmt: skip
     rows = records(folder)
     assert [r["step"] for r in rows] == [0, 2, 4, 6, 8]
