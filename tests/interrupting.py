@@ -4,7 +4,6 @@ The processes are forked from a server that has imported qtdog and has computed 
 as a fresh one would.
 """
 
-import errno
 import multiprocessing
 import os
 import resource
@@ -23,11 +22,11 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "fcntl.lockf")  # of the interp
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: exit code, negative for a signal; what it printed; operations on files, if it counted them."""
+    """How a process ended: exit code, negative for a signal; what it printed; how many operations on files it did."""
 
     code: int
     text: str
-    operations: int = 0
+    operations: int
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,37 @@ def _run(arguments: Sequence[str], disturbance: Nothing, folder: str, printed: s
     sys.exit(main(arguments))
 
 
-def run(arguments: Sequence[str], folder: Path, disturbance: Nothing | None = None) -> Outcome:
+@dataclass(frozen=True)
+class Started:
+    """A process that is on its way."""
+
+    process: Any
+    printed: Path
+    counter: Any
+
+    def outcome(self) -> Outcome:
+        """How it ends, when it has."""
+        self.process.join()
+        text = self.printed.read_text(errors="replace")
+        self.printed.unlink()
+        return Outcome(self.process.exitcode, text, self.counter.value)
+
+
+def start(arguments: Sequence[str], folder: Path, disturbance: Nothing | None = None) -> Started:
     """`qtdog` with these arguments, disturbed in what it does in and under `folder`."""
-    with _server() as context, tempfile.NamedTemporaryFile() as printed:
+    descriptor, printed = tempfile.mkstemp()
+    os.close(descriptor)
+    with _server() as context:
         counter = context.Value("q", 0, lock=False)
-        process = context.Process(
-            target=_run, args=(arguments, disturbance or Nothing(), str(folder), printed.name, counter)
-        )
+        work = (arguments, disturbance or Nothing(), str(folder), printed, counter)
+        process = context.Process(target=_run, args=work)
         process.start()
-        process.join()
-        return Outcome(process.exitcode, Path(printed.name).read_text(errors="replace"), counter.value)
+    return Started(process, Path(printed), counter)
+
+
+def run(arguments: Sequence[str], folder: Path, disturbance: Nothing | None = None) -> Outcome:
+    """`start`, and how it ends."""
+    return start(arguments, folder, disturbance).outcome()
 
 
 @contextmanager
@@ -141,6 +161,3 @@ def _server() -> Any:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
-
-
-FULL, READ_ONLY = errno.ENOSPC, errno.EROFS

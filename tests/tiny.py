@@ -26,6 +26,20 @@ def write_idx(path: Path, values: np.ndarray, zipped: bool = False) -> None:
     path.write_bytes(gzip.compress(content) if zipped else content)
 
 
+def make_digits(root: Path) -> Path:
+    """A --data-dir with 120 digits: a bright bar whose row is the label. The test half is gzipped."""
+    random = np.random.RandomState(0)
+    for part, count in (("train", 80), ("t10k", 40)):
+        labels = np.arange(count) % 10
+        images = random.randint(0, 60, (count, 28, 28))
+        images[np.arange(count), 4 + 2 * labels] = 250
+        zipped = part == "t10k"
+        suffix = ".gz" if zipped else ""
+        write_idx(root / "MNIST" / "raw" / f"{part}-images-idx3-ubyte{suffix}", images, zipped)
+        write_idx(root / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte{suffix}", labels, zipped)
+    return root
+
+
 def make_pictures(root: Path, count: int = 10) -> Path:
     """Three domains (background), two classes (color), `count` pictures each, 20x16 pixels."""
     random = np.random.RandomState(0)

@@ -381,8 +381,8 @@ class Trainer:
         )
         if is_first():
             save_model(self.folder, self.best["model"], card)
-            seal(self.folder, [*SEALED, *self.take_step.files()])
             remove_checkpoints(self.folder, BEFORE)
+            seal(self.folder, [*SEALED, *self.take_step.files()])
         self.log(f"selected step {card.selected_step}, target accuracy {card.target_accuracy:.4f}")
         return card
 

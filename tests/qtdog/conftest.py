@@ -2,12 +2,11 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 
 from qtdog.cli import main
-from tiny import DIGITS, make_pictures, write_idx
+from tiny import DIGITS, make_digits, make_pictures
 
 # Tiny networks gain nothing from a second thread, and threads that wait for each other suffer on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,18 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
-    """A --data-dir with 120 digits: a bright bar whose row is the label. The test half is gzipped."""
-    root = tmp_path_factory.mktemp("digits")
-    random = np.random.RandomState(0)
-    for part, count in (("train", 80), ("t10k", 40)):
-        labels = np.arange(count) % 10
-        images = random.randint(0, 60, (count, 28, 28))
-        images[np.arange(count), 4 + 2 * labels] = 250
-        zipped = part == "t10k"
-        suffix = ".gz" if zipped else ""
-        write_idx(root / "MNIST" / "raw" / f"{part}-images-idx3-ubyte{suffix}", images, zipped)
-        write_idx(root / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte{suffix}", labels, zipped)
-    return root
+    return make_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")

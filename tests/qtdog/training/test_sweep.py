@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.methods.hparams import random_hparams
 from qtdog.methods.presets import settle
-from qtdog.training import folders, jobs, sweep
+from qtdog.training import jobs, sweep
 from qtdog.training.sweep import SweepConfig
 
 TINY = ["--batch-size", "2", "--device", "cpu", "--steps", "3", "--checkpoint-freq", "1", "--eval-train-images", "4"]
@@ -101,32 +100,6 @@ def test_nothing_is_trained_twice(digits_dir, tmp_path, capsys):
     assert out.count("\n") == 5 and "done " in out and "RotatedMNIST erm, target 0, trial 1, hparams 1, seed 0" in out
     assert main(["collect", str(tmp_path)]) == 0
     assert "ERM: 2 sets of hyper-parameters." in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_states_and_the_claim_of_a_folder(tmp_path):
-    folder = tmp_path / "job"
-    assert sweep.state(folder) == "missing"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("{}")
-    assert sweep.state(folder) == "interrupted"
-    holds = "import sys, pathlib\nfrom qtdog.training.folders import sole_owner\n"
-    holds += f"with sole_owner(pathlib.Path('{folder}')):\n"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", holds + "    print('held', flush=True); sys.stdin.read()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
-    assert sweep.state(folder) == "running"
-    with pytest.raises(UserError, match="is being trained by another process"), folders.sole_owner(folder):
-        pass
-    holder.kill()
-    holder.wait()
-    assert sweep.state(folder) == "interrupted"
-    (folder / "failed").write_text("UserError: the loss is nan\n")
-    assert sweep.state(folder) == "failed"
-    (folder / "done").touch()
-    assert sweep.state(folder) == "done"
 
 
 @pytest.mark.slow

@@ -1,0 +1,166 @@
+"""Runs that are killed, whose disk is full or cannot be written, whose files are damaged: nothing is lost or falsified.
+
+Each campaign is there twice: a few cases of it among the slow tests, all of them by night.
+"""
+
+import errno
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from interrupting import Fail, Kill, Limit, Nothing, Outcome, run
+from qtdog.files import read_records
+from qtdog.results.runs import find_runs
+from tiny import make_digits
+
+SEED = 13
+KILLS, DISKS, BITS, COMMANDS = 50, 50, 24, 12  # cases of each campaign
+SECONDS = 1800  # that one may take
+ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+
+pytestmark = [pytest.mark.timeout(SECONDS), pytest.mark.untraced]
+
+
+def cases(few: int, all_of_them: int) -> pytest.MarkDecorator:
+    """The parameter `count`: a few by day, all by night."""
+    return pytest.mark.parametrize(
+        "count", [pytest.param(few, marks=pytest.mark.slow), pytest.param(all_of_them, marks=pytest.mark.nightly)]
+    )
+
+
+SMALL = ["--batch-size", "2", "--device", "cpu", "--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4",
+         "--backbone", "SMALL_CNN", "--test-envs", "0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory):
+    return make_digits(tmp_path_factory.mktemp("digits"))
+
+
+def train(data: Path, output: Path) -> list[str]:
+    return ["train", *SMALL, "--switch-step", "2", "--data-dir", str(data), "--output-dir", str(output)]
+
+
+def sweep(data: Path, output: Path) -> list[str]:
+    return ["sweep", *SMALL, "--methods", "erm", "qtdog", "--switch-step", "2", "--n-trials", "1",
+            "--data-dir", str(data), "--output-dir", str(output)]  # fmt: skip
+
+
+def again(arguments: list[str]) -> list[str]:
+    """What goes on where a command was interrupted."""
+    return [*arguments, "--resume"] if arguments[0] == "train" else arguments
+
+
+def found(output: Path) -> dict[str, object]:
+    """What runs have come to, but for times and places, by their folders; nothing else may lie there."""
+    content: dict[str, object] = {}
+    for folder in find_runs([str(output)]):
+        rows = read_records(folder / "results.jsonl")
+        for row in rows:
+            del row["step_time"], row["eval_time"], row["args"]["output_dir"]
+        card = json.loads((folder / "model.json").read_text())
+        del card["date"]
+        weights = (folder / "model.safetensors").read_bytes()
+        names = sorted(path.name for path in folder.iterdir())
+        content[str(folder.relative_to(output))] = (json.dumps(rows), json.dumps(card), weights, names)
+    return content
+
+
+def told_in_one_line(outcome: Outcome) -> bool:
+    """Exit code 2, no traceback, and a last line that says why."""
+    return (
+        outcome.code == 2
+        and "Traceback" not in outcome.text
+        and outcome.text.count("qtdog: error: ") == 1
+        and outcome.text.splitlines()[-1].startswith("qtdog: error: ")
+    )
+
+
+def largest(output: Path) -> int:
+    return max(path.stat().st_size for path in output.rglob("*") if path.is_file())
+
+
+@cases(4, KILLS)
+@pytest.mark.parametrize("command", [train, sweep])
+def test_a_killed_run_comes_out_as_if_nothing_had_been(digits_dir, tmp_path, command, count):
+    """Killed before any operation on files, or in the middle of a write; every other one once more as it resumes."""
+    undisturbed = tmp_path / "undisturbed"
+    whole = run(command(digits_dir, undisturbed), undisturbed)
+    assert whole.code == 0, whole.text
+    expected, size = found(undisturbed), largest(undisturbed)
+    draw = random.Random(SEED)
+    for case in range(count):
+        output = tmp_path / str(case)
+        arguments = command(digits_dir, output)
+        for kill in range(1 + case % 2):
+            how: Nothing = Kill(draw.randint(1, whole.operations))
+            if draw.random() < 0.25:
+                how = Limit(draw.randrange(size), kills=True)
+            outcome = run(again(arguments) if kill else arguments, output, how)
+            assert outcome.code < 0 or kill, (case, how, outcome)  # less is left to do the second time
+        outcome = run(again(arguments), output)
+        assert outcome.code == 0, (case, how, outcome)
+        assert found(output) == expected, (case, how)
+        shutil.rmtree(output)
+
+
+@cases(4, DISKS)
+@pytest.mark.parametrize("command", [train, sweep])
+def test_a_disk_that_fails_loses_nothing(digits_dir, tmp_path, command, count):
+    """From any operation on files, or in the middle of a write: one line, and the same command goes on later."""
+    undisturbed = tmp_path / "undisturbed"
+    whole = run(command(digits_dir, undisturbed), undisturbed)
+    expected, size = found(undisturbed), largest(undisturbed)
+    draw = random.Random(SEED)
+    for case in range(count):
+        output = tmp_path / str(case)
+        arguments = command(digits_dir, output)
+        how: Nothing = Fail(draw.randint(1, whole.operations), ERRORS[case % len(ERRORS)])
+        if draw.random() < 0.25:
+            how = Limit(draw.randrange(size), kills=False)
+        outcome = run(arguments, output, how)
+        assert told_in_one_line(outcome) and str(output) in outcome.text, (case, how, outcome)
+        outcome = run(again(arguments), output)
+        assert outcome.code == 0, (case, how, outcome)
+        assert found(output) == expected, (case, how)
+        shutil.rmtree(output)
+
+
+def flip(file: Path, draw: random.Random) -> None:
+    """Another value for one bit of a file."""
+    content = bytearray(file.read_bytes())
+    bit = draw.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+@cases(4, BITS)
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(digits_dir, tmp_path, count):
+    """In the last: the one before serves. In that one: it is not needed. In both: one line."""
+    undisturbed, interrupted = tmp_path / "undisturbed", tmp_path / "interrupted"
+    whole = run(train(digits_dir, undisturbed), undisturbed)
+    expected = found(undisturbed)
+    for operation in range(whole.operations, 0, -1):  # the latest moment at which two checkpoints lie there
+        shutil.rmtree(interrupted, ignore_errors=True)
+        run(train(digits_dir, interrupted), interrupted, Kill(operation))
+        if list(interrupted.rglob("checkpoint.previous.pt")) and not list(interrupted.rglob("model.safetensors")):
+            break
+    draw = random.Random(SEED)
+    for case in range(count):
+        last, before = "checkpoint.pt", "checkpoint.previous.pt"
+        damaged = ([last], [last], [before], [last, before])[case % 4]
+        output = Path(shutil.copytree(interrupted, tmp_path / str(case)))
+        for name in damaged:
+            (file,) = output.rglob(name)
+            flip(file, draw)
+        outcome = run(again(train(digits_dir, output)), output)
+        if len(damaged) == 2:
+            assert told_in_one_line(outcome) and "is damaged" in outcome.text, (case, outcome)
+        else:
+            assert outcome.code == 0 and found(output) == expected, (case, outcome)
+            noticed = "going on from the checkpoint before it" in outcome.text
+            assert noticed == (damaged == [last]), (case, outcome)
+        shutil.rmtree(output)
