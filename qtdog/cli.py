@@ -6,10 +6,12 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import torch
+import yaml
 
 import qkernels as qk
 from qtdog import plugins
@@ -269,8 +271,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         plugins.load_installed()
-        files = plugin_files(arguments)
+        files = values_of("--plugin", arguments)  # must have run before there can be a parser of all flags
         plugins.load(files)
+        for file in values_of("--config", arguments):
+            check_settings(file)
         parsed = build_parser().parse_args([with_dashes(argument) for argument in arguments])
         name, given = parsed.command, parsed[parsed.command]
         if name in GROUPS:
@@ -358,11 +362,39 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def plugin_files(arguments: Sequence[str]) -> list[str]:
-    """What follows `--plugin`: it must have run before there can be a parser of all flags."""
+def values_of(flag: str, arguments: Sequence[str]) -> list[str]:
+    """What follows a flag, each time that it is given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--plugin", action="append", default=[])
-    return parser.parse_known_args(arguments)[0].plugin
+    parser.add_argument(flag, action="append", default=[], dest="values")
+    return parser.parse_known_args(arguments)[0].values
+
+
+def check_settings(file: str) -> None:
+    """UserError for a --config that holds no settings of a command, which the parser would tell less clearly."""
+    if not Path(file).is_file():
+        raise UserError(f"--config {file} is not a file")
+    try:
+        settings = yaml.safe_load(Path(file).read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"--config {file} is not YAML in UTF-8: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {file} holds no settings: write `name: value` in each line")
+    if "config" in settings:
+        raise UserError(f"--config {file} names another file of settings: give both files")
+    if {"test_env", "seed", "quantization"} <= settings.keys():
+        raise UserError(
+            f"--config {file} is the record of one run, not settings of a command: `--test-envs {settings['test_env']} "
+            f"--seed {settings['seed']}` with the flags that it was trained with train it again"
+        )
+    lists = {
+        field.name
+        for command in COMMANDS.values()
+        for field in command.fields()
+        if get_origin(get_args(get_type_hints(command.settings, include_extras=True)[field.name])[0]) is list
+    }
+    for name in lists & settings.keys():
+        if not isinstance(settings[name], list):
+            raise UserError(f"--config {file}: {name} must be a list, as in `{name}: [{settings[name]}]`")
 
 
 def with_dashes(argument: str) -> str:
