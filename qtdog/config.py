@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import qkernels as qk
+from qtdog.plain_types import checked
 
 AugmentationName = Literal["domainbed", "swad", "qtdog", "none"]
 QatMode = Literal["qat", "frozen-backbone", "rtn-frozen"]
@@ -217,10 +218,10 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`; TypeError or KeyError for what that cannot have made."""
         quantization, plugins = values["quantization"], values.get("plugins", [])
         own = {
-            "quantization": Quantization(**quantization) if quantization else None,
-            "plugins": tuple(Plugin(**plugin) for plugin in plugins),
+            "quantization": checked(Quantization, quantization) if quantization else None,
+            "plugins": tuple(checked(Plugin, plugin) for plugin in plugins),
         }
-        return cls(**{**values, **own})
+        return checked(cls, {**values, **own})

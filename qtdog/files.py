@@ -61,8 +61,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def parse_records(text: str) -> list[dict[str, Any]]:
     """Inverse of `records_text`; ValueError for what is none."""
     records = [json.loads(line) for line in text.splitlines()]
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError("a line is no JSON object")
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise ValueError("it is empty" if not records else "a line is no JSON object")
     return records
 
 

@@ -124,9 +124,13 @@ def read_scales(folder: Path) -> Rows:
     """Of each checkpoint: step, scale, its mean relative to the first checkpoint's, mean, least, greatest."""
     first: dict[str, float] = {}
     rows = []
-    for record in read_records(folder / "results.jsonl"):
-        for name, mean, least, greatest in record.get("scales", []):
-            rows.append([record["step"], name, mean / first.setdefault(name, mean), mean, least, greatest])
+    file = folder / "results.jsonl"
+    try:
+        for record in read_records(file):
+            for name, mean, least, greatest in record.get("scales", []):
+                rows.append([record["step"], name, mean / first.setdefault(name, mean), mean, least, greatest])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
     return rows
 
 

@@ -28,22 +28,25 @@ from qtdog.training.evaluation import combine_logits, member_accuracies
 def pack_members(models: Sequence[nn.Module], card: ModelCard, combine: str) -> qk.PackedEnsemble:
     """The packed ensemble of trained models, knowing what it takes to feed and to judge it."""
     run = card.run
-    return qk.PackedEnsemble.from_models(
-        models,
-        architecture=card.backbone,
-        method=run.method,
-        data_kind=run.dataset,  # --dataset
-        dataset=card.dataset,
-        data_source=card.data_source,
-        classes=card.classes,
-        domains=card.domains,
-        target=card.target,
-        trial_seed=run.trial_seed,
-        holdout_fraction=run.holdout_fraction,
-        image_shape=card.image_shape,
-        preprocessing=card.preprocessing,
-        combine=combine,
-    )
+    info = {
+        "architecture": card.backbone,
+        "method": run.method,
+        "data_kind": run.dataset,  # --dataset
+        "dataset": card.dataset,
+        "data_source": card.data_source,
+        "classes": card.classes,
+        "domains": card.domains,
+        "target": card.target,
+        "trial_seed": run.trial_seed,
+        "holdout_fraction": run.holdout_fraction,
+        "image_shape": card.image_shape,
+        "preprocessing": card.preprocessing,
+        "combine": combine,
+    }
+    try:
+        return qk.PackedEnsemble.from_models(models, **info)
+    except ValueError as error:
+        raise UserError(f"these runs cannot be one packed file: {error}") from error
 
 
 def calibration_batches(parts: Sequence[Part], images: int, device: torch.device) -> list[Tensor]:

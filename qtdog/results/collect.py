@@ -3,10 +3,10 @@
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from qtdog.errors import UserError
-from qtdog.files import is_done, read_records, write_json, write_text
+from qtdog.files import REMEDY, is_done, read_records, write_json, write_text
 from qtdog.log import PRINT, Log
 from qtdog.results import table_formats
 from qtdog.results.runs import find_runs, read_card
@@ -15,7 +15,23 @@ from qtdog.results.tables import Result, as_json, averages, build_table
 
 def read_result(folder: Path) -> Result:
     """A finished run's card and last record."""
-    return Result(folder, read_card(folder), max(read_records(folder / "results.jsonl"), key=lambda r: r["step"]))
+    card, file = read_card(folder), folder / "results.jsonl"
+    names = ["step", *card.accuracies]
+    records = read_records(file)
+    if not all(isinstance(record.get(name), int | float) for record in records for name in names):
+        raise UserError(f"{file} is damaged (a record lacks {', '.join(names[:2])}, ...): {REMEDY}")
+    return Result(folder, card, max(records, key=lambda record: record["step"]))
+
+
+def read_ensemble_record(file: Path) -> dict[str, Any]:
+    """The record of an ensemble."""
+    (record, *_) = read_records(file)
+    kinds = {"dataset": str, "method": str, "target": str, "settings": dict, "domains": list, "trial_seed": int}
+    numbers = dict.fromkeys(("target_accuracy", "nbytes", "float_nbytes", "members", "test_env"), int | float)
+    wrong = [name for name, kind in (kinds | numbers).items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        raise UserError(f"{file} is damaged (it lacks {', '.join(wrong)}): {REMEDY}")
+    return record
 
 
 @dataclass
@@ -34,9 +50,7 @@ def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:
     folder = Path(config.folder)
     results = [read_result(run) for run in find_runs([config.folder])]
     ensembles = [
-        record
-        for manifest in sorted(folder.rglob("members.json"))
-        for record in read_records(manifest.with_name("results.jsonl"))
+        read_ensemble_record(manifest.with_name("results.jsonl")) for manifest in sorted(folder.rglob("members.json"))
     ]
     grouped = {
         name: ([r for r in results if r.card.dataset == name], [e for e in ensembles if e["dataset"] == name])

@@ -30,6 +30,7 @@ from qtdog.data import Preprocessing
 from qtdog.errors import UserError, one_line
 from qtdog.files import is_done, read_sealed, write_json
 from qtdog.models import build_model
+from qtdog.plain_types import checked
 from qtdog.plugins import require
 
 SEALED = ("config.yaml", "results.jsonl", "model.safetensors", "model.json")
@@ -98,8 +99,8 @@ def read_card(folder: Path) -> ModelCard:
     if not file.is_file():
         raise UserError(f"{folder} holds no model.json: not a finished run of `qtdog train`")
     try:
-        card = ModelCard(**json.loads(read_sealed(file)))
-        plugins = card.run.plugins
+        card = checked(ModelCard, json.loads(read_sealed(file)))
+        plugins, _ = card.run.plugins, card.target_accuracy
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is not a model card of this version of qtdog: {error}") from error
     require(plugins, str(folder), unchanged=False)

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 import zipfile
@@ -8,8 +9,10 @@ import yaml
 
 from qtdog import cli, environment
 from qtdog.cli import main
+from qtdog.config import TrainConfig
 from qtdog.data import domain_names, load_dataset
 from qtdog.errors import UserError
+from qtdog.methods.presets import settle
 from qtdog.results.runs import read_card
 from qtdog.training.jobs import parse_targets
 from tiny import DIGITS, ICON_STYLES, make_pictures
@@ -122,6 +125,74 @@ def test_flags_and_yaml_fill_the_same_settings(monkeypatch, tmp_path):
     assert (seen[3].steps, seen[3].seeds, seen[3].trial_seed) == (80, [5], 2)
     file.write_text("stepz: 3")
     assert main(["train", "--config", str(file)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "holds no settings"),
+        (b"5", "holds no settings"),
+        (b"steps: [1", "is not YAML in UTF-8"),
+        (b"\xff\xfe\xfd", "is not YAML in UTF-8"),
+        (b"seeds: 3", "seeds must be a list, as in `seeds: [3]`"),
+        (b"test_envs: all", "test_envs must be a list, as in `test_envs: [all]`"),
+        (b"config: other.yaml", "names another file of settings"),
+        (b"data_dir: !!python/object/apply:os.getcwd []", "is not YAML in UTF-8"),
+    ],
+)
+def test_a_file_of_settings_that_holds_none(tmp_path, capsys, content, told):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    for arguments in (["--config", str(file)], [f"--config={file}"]):
+        assert main(["train", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"qtdog: error: --config {file}") and told in err and err.count("\n") == 1
+
+
+def test_the_record_of_a_run_is_not_a_file_of_settings(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settle(TrainConfig(), test_env=3, seed=7).to_dict()))
+    assert main(["train", "--config", str(file)]) == 2
+    assert "is the record of one run" in (err := capsys.readouterr().err) and "`--test-envs 3 --seed 7`" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            "runs/x: No space left on device: make room there",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "runs/x"), "runs/x: Read-only file system: name a place that"),
+        (OSError(errno.ENXIO, "No such device", "runs/x"), "runs/x: No such device: mend that, or name another place"),
+        (ConnectionError("no Ray at 10.0.0.1"), "no Ray at 10.0.0.1"),
+    ],
+)
+def test_errors_of_the_operating_system_are_one_line(monkeypatch, capsys, error, told):
+    def fails(config):
+        raise error
+
+    for name in ("train", "collect"):
+        monkeypatch.setitem(cli.COMMANDS, name, cli.dataclasses.replace(cli.COMMANDS[name], run=fails))
+        assert main([name]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"qtdog: error: {told}") and err.count("\n") == 1
+        assert ("continue with: qtdog train --resume" in err) == (name == "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["collect", "train"])
+def test_standard_output_that_is_full(trained, digits_dir, tmp_path, command):
+    """The interpreter's own flush at its end would fail once more, with another exit code and a traceback."""
+    arguments = {
+        "collect": ["collect", str(trained), "--output-dir", str(tmp_path)],
+        "train": ["train", *DIGITS, "--data-dir", str(digits_dir), "--output-dir", str(tmp_path), "--method", "erm"],
+    }
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "qtdog", *arguments[command]], stdout=full, stderr=subprocess.PIPE)
+    err = done.stderr.decode()
+    assert done.returncode == 2 and err.startswith("qtdog: error: standard output: No space left on device")
+    assert err.count("\n") == 1
 
 
 def test_targets_by_name_index_or_all(digits_dir):

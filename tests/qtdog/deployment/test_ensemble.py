@@ -147,6 +147,11 @@ def test_nothing_to_average(runs, place, told):
 
 def test_broken_card(runs):
     member = runs / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1"
+    whole = json.loads((member / "model.json").read_text())
+    for wrong in ({"classes": 5}, {"config": {}}, {"config": {**whole["config"], "loss": 1.5}}, {"test_env": 1}):
+        write_card(member, whole | wrong)
+        with pytest.raises(UserError, match="is not a model card"):
+            ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
     write_card(member, {})
     with pytest.raises(UserError, match="is not a model card"):
         ensemble.make_ensembles(EnsembleConfig([str(runs)], device="cpu"))
