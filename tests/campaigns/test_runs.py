@@ -5,8 +5,11 @@ Each campaign is there twice: a few cases of it among the slow tests, all of the
 
 import errno
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,3 +167,37 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(digits_dir, tmp_path, count):
             noticed = "going on from the checkpoint before it" in outcome.text
             assert noticed == (damaged == [last]), (case, outcome)
         shutil.rmtree(output)
+
+
+FILE_SYSTEM = """\
+set -u
+mount -t tmpfs -o size=5m tmpfs "$OUT" || exit 77
+"$@"; echo "full: $?"
+mount -o remount,size=64m,ro "$OUT"
+"$@"; echo "read-only: $?"
+mount -o remount,rw "$OUT"
+"$@"; echo "writable: $?"
+cp -r "$OUT" "$KEPT"
+"""
+
+
+@pytest.mark.slow
+def test_a_file_system_that_is_full_and_then_read_only(digits_dir, tmp_path):
+    """A real one, of 5 MB: there is room for two checkpoints, and not for a third."""
+    undisturbed, output, kept = tmp_path / "undisturbed", tmp_path / "out", tmp_path / "kept"
+    assert run(train(digits_dir, undisturbed), undisturbed).code == 0
+    output.mkdir()
+    command = [sys.executable, "-m", "qtdog", *again(train(digits_dir, output))]
+    environment = {**os.environ, "OUT": str(output), "KEPT": str(kept), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    mounted = ["unshare", "--map-root-user", "--mount", "bash", "-c", FILE_SYSTEM, "bash", *command]
+    done = subprocess.run(mounted, env=environment, capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this machine lets nobody mount a file system of his own")
+    said = [line for line in done.stdout.splitlines() if line.startswith(("full", "read-only", "writable"))]
+    assert said == ["full: 2", "read-only: 2", "writable: 0"], done
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(errors) == 2 and "No space left on device: make room there" in errors[0], errors
+    assert "Read-only file system: name a place that can be written" in errors[1], errors
+    assert "resumed after step" in next(kept.rglob("out.txt")).read_text()
+    assert found(kept) == found(undisturbed)
