@@ -10,10 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from hostile_files import with_right_checksums
 from torch import nn
 
 import qkernels as qk
+from hostile_files import with_right_checksums
 from qkernels.packed import loading
 from qkernels.packed.file import CARD, CONFIG, MODEL, PackedFileError
 from qkernels.packed.kinds import LayerKind

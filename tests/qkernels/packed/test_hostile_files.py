@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile_files import code, mutate, nested, sign, with_right_checksums
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qkernels as qk
+from hostile_files import code, mutate, nested, sign, with_right_checksums
 from packed_files import InTurn
 from qkernels.packed.file import CONFIG, MODEL, PackedFileError
 from qkernels.packed.memory import MemoryLimit

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_files import with_right_checksums
 
 import qkernels as qk
+from hostile_files import with_right_checksums
 from qkernels.packed.file import CONFIG, MODEL, SIGNATURE, PackedFileError
 
 FILES = Path(__file__).parent / "files_v1"

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile_files import code, with_right_checksums
 from PIL import Image
 
 import qkernels as qk
+from hostile_files import code, with_right_checksums
 from qtdog.cli import main
 
 SAID = {
