@@ -31,18 +31,29 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        try:
-            synchronize(path.parent)
-        except OSError as error:  # some file systems synchronize no folders, and some folders cannot be read
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
-                raise
+        synchronize_names(path.parent)
 
 
 def synchronize(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def synchronize_names(folder: Path) -> None:
+    """Wait until a folder's list of names is on the disk, where the folder may be read and the file system can wait."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -8,7 +8,6 @@ fastest, in memory and in a file of the user's cache folder. `python -m qkernels
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -20,6 +19,7 @@ import torch
 import triton
 from triton import next_power_of_2
 
+from ..atomic import replace_file
 from .launch import capability_of
 
 
@@ -156,10 +156,8 @@ def read_tiles(file: Path) -> dict[str, Tile]:
 
 def write_tiles(file: Path, tiles: dict[str, Tile]) -> None:
     """Replace the file as a whole, so that no reader sees half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as temporary:
-        json.dump({key: tile._asdict() for key, tile in sorted(tiles.items())}, temporary, indent=1)
-    os.replace(temporary.name, file)
+    text = json.dumps({key: tile._asdict() for key, tile in sorted(tiles.items())}, indent=1)
+    replace_file(file, lambda temporary: temporary.write_text(text))
 
 
 _tuned: dict[torch.device, dict[str, Tile]] = {}

@@ -70,6 +70,24 @@ def test_partial_results_survive_a_kill(tmp_path):
     assert not file.exists() and Partial(table).known == {}
 
 
+def test_a_damaged_line_is_measured_again(tmp_path):
+    """And the others are not: a digit that another one has taken the place of would go unnoticed."""
+    for place in range(30):
+        table = tmp_path / f"{place}.csv"
+        recall = Partial(table).of("run")
+        for what in ("one", "two", "three"):
+            recall(what, lambda: [0.125, 3.5])
+        file = table.with_suffix(".partial.csv")
+        first, second, third = file.read_bytes().splitlines(keepends=True)
+        damaged = bytearray(second)
+        damaged[place % (len(second) - 1)] ^= 1
+        file.write_bytes(first + damaged + third)
+        again = Partial(table)
+        assert again.known == {("run", "one"): [0.125, 3.5], ("run", "three"): [0.125, 3.5]}
+        assert file.read_bytes() == first + third
+        assert again.of("run")("two", lambda: [0.25]) == [0.25]
+
+
 def test_a_file_of_something_else_is_not_taken(tmp_path):
     (tmp_path / "x.partial.csv").write_text("name,kind,amount\nscrew,metal,many\n")
     with pytest.raises(UserError, match=r"x\.partial\.csv holds no measurements"):
