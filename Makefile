@@ -7,7 +7,7 @@ WHEEL_ARCHS := $(TORCH_CUDA_ARCH_LIST)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),9.0)
 SOURCES := setup.py pyproject.toml qkernels/ops/schemas.py $(shell find csrc build_support -type f -not -name "*.pyc")
 
-.PHONY: demo check quick test nightly sanitize lint docs bench wheel clean
+.PHONY: demo check quick test nightly campaigns sanitize lint docs bench wheel clean
 
 # What `make check` needs is built without the C++/CUDA kernels, whose compilation takes longer than the check.
 $(VENV)/installed $(VENV)/installed-for-check: $(SOURCES)
@@ -33,9 +33,12 @@ quick: $(VENV)/installed-for-check  ## The tests that are not marked slow, and w
 test: $(VENV)/installed  ## The whole test suite
 	$(PYTEST) --cov --cov-report=term
 
-nightly: $(VENV)/installed  ## The whole test suite, with ten times the random examples and what is marked nightly; sanitizers
+nightly: $(VENV)/installed  ## The whole test suite, with ten times the random examples and what is marked nightly
 	$(PYTEST) -m '' --hypothesis-profile=nightly
-	PYTHON=$(BIN)/python .ci/sanitize
+
+campaigns: $(VENV)/installed  ## Attacks and interruptions by the thousand; writes the table of docs/reliability.md
+	CAMPAIGN_FIGURES=1 $(BIN)/python -m pytest -s -m nightly tests/campaigns
+	$(BIN)/python docs/reliability.py
 
 sanitize: $(VENV)/installed-for-check  ## The C++ for CPUs with AddressSanitizer and UndefinedBehaviorSanitizer: tests, hostile calls
 	PYTHON=$(BIN)/python .ci/sanitize

@@ -38,7 +38,6 @@ from qkernels.ops.library import run_check
 from qkernels.ops.schemas import SCHEMAS
 
 MEGABYTES = 256
-torch.backends.mkldnn.enabled = False  # whose kernels are made in memory of their own, of which there is little
 MOST_FAILURES = 5  # of an attack; then it ends
 REFUSALS = (RuntimeError, ValueError, TypeError, MemoryError)
 # How an op says that what was asked for is too large: PyTorch's allocator, its tensors' sizes, and the kernels.
@@ -169,6 +168,7 @@ class Calls(NamedTuple):
 
 def make_calls(calls: Calls, skip: int) -> None:
     """Writes the index of each call before it, and its outcome after it."""
+    torch.backends.mkldnn.enabled = False  # whose kernels are made in memory of their own, of which there is little
     function_of, expected = ops_of(calls.backend), reference_ops()
     device = "cuda" if calls.backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
     if calls.megabytes:

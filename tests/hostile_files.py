@@ -52,27 +52,7 @@ def nested(depth: int) -> Any:
 
 def values(marker: Path) -> list[Any]:
     """What may stand where something else is expected."""
-    numbers = [
-        -1,
-        0,
-        1,
-        2,
-        3,
-        7,
-        8,
-        255,
-        2**20,
-        2**20 + 1,
-        2**31,
-        2**32,
-        2**62,
-        2**63,
-        -(2**63),
-        10**30,
-        0.5,
-        1e308,
-        -1e-9,
-    ]
+    numbers = [-1, 0, 1, 2, 3, 7, 8, 255, 2**20, 2**20 + 1, 2**31, 2**32, 2**62, -(2**63), 10**30, 0.5, 1e308, -1e-9]
     texts = ["", "forward", "class", "x", "__class__", "conv1", "output", "relu", code(marker), "a" * 10_000, "\0", "é"]
     others = [None, True, False, float("nan"), float("inf"), [], {}, [[]], nested(210), [1] * 1000]
     refs = [

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+# A training of seconds.
+SMALL = ["--batch-size", "2", "--device", "cpu", "--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4",
+         "--backbone", "SMALL_CNN", "--test-envs", "0"]  # fmt: skip
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "fcntl.lockf")  # of the interpreter's audit events
 
 
@@ -27,6 +30,16 @@ class Outcome:
     code: int
     text: str
     operations: int
+
+
+def told_in_one_line(outcome: Outcome) -> bool:
+    """Exit code 2, no traceback, and a last line that says why."""
+    return (
+        outcome.code == 2
+        and "Traceback" not in outcome.text
+        and outcome.text.count("qtdog: error: ") == 1
+        and outcome.text.splitlines()[-1].startswith("qtdog: error: ")
+    )
 
 
 @dataclass(frozen=True)

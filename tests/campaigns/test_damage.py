@@ -7,31 +7,21 @@ import errno
 import os
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from interrupting import Fail, Outcome, run
+from campaigns_of import cases
+from interrupting import SMALL, Fail, run, told_in_one_line
 from tiny import make_digits
 
 SEED = 13
 DISKS, DAMAGES = 10, 400  # cases: of each command; of all files together
 SECONDS = 3600  # that a campaign may take
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-SMALL = ["--batch-size", "2", "--device", "cpu", "--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4",
-         "--backbone", "SMALL_CNN", "--test-envs", "0"]  # fmt: skip
 
 pytestmark = [pytest.mark.timeout(SECONDS), pytest.mark.untraced]
-
-
-def told_in_one_line(outcome: Outcome) -> bool:
-    """Exit code 2, no traceback, and a last line that says why."""
-    return (
-        outcome.code == 2
-        and "Traceback" not in outcome.text
-        and outcome.text.count("qtdog: error: ") == 1
-        and outcome.text.splitlines()[-1].startswith("qtdog: error: ")
-    )
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +58,9 @@ def commands(root: Path) -> dict[str, list[str]]:
     }
 
 
-def cases(few: int, all_of_them: int) -> pytest.MarkDecorator:
-    """The parameter `count`: a few by day, all by night."""
-    return pytest.mark.parametrize(
-        "count", [pytest.param(few, marks=pytest.mark.slow), pytest.param(all_of_them, marks=pytest.mark.nightly)]
-    )
-
-
 @cases(1, DISKS)
 @pytest.mark.parametrize("name", ["ensemble", "collect", "flatness", "landscape", "curvature", "diagnostics"])
-def test_a_disk_that_fails_is_one_line_of_any_command(work, tmp_path, name, count):
+def test_a_disk_that_fails_is_one_line_of_any_command(work, tmp_path, name, count, figures):
     whole = Path(shutil.copytree(work, tmp_path / "whole"))
     operations = run(commands(whole)[name], whole).operations
     assert operations
@@ -90,6 +73,7 @@ def test_a_disk_that_fails_is_one_line_of_any_command(work, tmp_path, name, coun
         outcome = run(commands(root)[name], root)
         assert outcome.code == 0, (case, how, outcome)
         shutil.rmtree(root)
+    figures(f"{name}, a disk that fails", count, {"one line, then done": count})
 
 
 def damage(file: Path, draw: random.Random) -> str:
@@ -117,10 +101,10 @@ def damage(file: Path, draw: random.Random) -> str:
 
 
 @cases(10, DAMAGES)
-def test_damaged_files_are_one_line_of_any_command(work, tmp_path, count):
+def test_damaged_files_are_one_line_of_any_command(work, tmp_path, count, figures):
     """Any file of a run or an ensemble, with its seal and with the mere mark of earlier versions."""
     draw = random.Random(SEED)
-    outcomes, wrong = [], []
+    outcomes, wrong = Counter[str](), []
     for case in range(count):
         root = Path(shutil.copytree(work, tmp_path / str(case)))
         if case % 2:
@@ -131,9 +115,10 @@ def test_damaged_files_are_one_line_of_any_command(work, tmp_path, count):
         arguments = commands(root)[name]
         how = damage(file, draw)
         outcome = run(arguments, root)
-        outcomes.append(outcome.code)
+        outcomes["one line" if outcome.code else "done, without what was damaged"] += 1
         if outcome.code != 0 and not told_in_one_line(outcome):
             wrong.append((case, name, how, os.path.relpath(file, root), outcome))
         shutil.rmtree(root)
     assert not wrong, "\n".join(map(str, wrong))
-    assert {0, 2} <= set(outcomes)
+    assert len(outcomes) == 2
+    figures("damaged files of runs and ensembles", count, dict(outcomes))

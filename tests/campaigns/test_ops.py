@@ -1,6 +1,6 @@
 """Hostile calls of every op, many of them: none may crash, and each is refused or gives what the reference gives.
 
-Prints its figures (pytest -s), which docs/reliability.md quotes. The calls follow from FIRST; another one makes others.
+The calls follow from FIRST; another one makes others.
 """
 
 import pytest
@@ -19,21 +19,21 @@ pytestmark = [pytest.mark.nightly, pytest.mark.untraced, pytest.mark.timeout(SEC
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_hostile_calls(isa):
+def test_hostile_calls(isa, figures):
     """Of C++ for the CPU, with the kernels of each instruction set."""
     if library.load("cpp") is not None:
         pytest.skip("the C++ library was not built")
     if isa not in ("portable", *library.cpu_features()):
         pytest.skip(f"this CPU lacks {isa}")
     report = hostile_calls.attack(Calls("cpp", count=CALLS, first=FIRST), SECONDS, QKERNELS_CPU_ISA=isa)
-    print(f"\nhostile calls, {isa}: {report}")
     assert not report.failures, report
+    figures(f"hostile calls of ops, C++, {isa}", report.outcomes.total(), dict(report.outcomes))
     assert report.outcomes.total() == CALLS * len(SCHEMAS)
 
 
-def test_hostile_calls_of_triton():
+def test_hostile_calls_of_triton(figures):
     """Fewer, because they are interpreted."""
     pytest.importorskip("triton")
     report = hostile_calls.attack(Calls("triton", count=CALLS // 50, first=FIRST), SECONDS)
-    print(f"\nhostile calls, Triton: {report}")
     assert not report.failures, report
+    figures("hostile calls of ops, Triton (interpreted)", report.outcomes.total(), dict(report.outcomes))

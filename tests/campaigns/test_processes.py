@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import qkernels as qk
+from campaigns_of import cases
 from qkernels import replace_file
 
 SEED = 13
@@ -21,13 +22,6 @@ COUNTS = (1, 2, 3, 4, 7, 8, 16, 31, 32, 48, 64)  # threads of one op
 SECONDS = 900  # that a campaign may take
 
 pytestmark = [pytest.mark.timeout(SECONDS), pytest.mark.untraced]
-
-
-def cases(few: object, all_of_them: object, name: str = "count") -> pytest.MarkDecorator:
-    """A parameter: a few by day, all by night."""
-    return pytest.mark.parametrize(
-        name, [pytest.param(few, marks=pytest.mark.slow), pytest.param(all_of_them, marks=pytest.mark.nightly)]
-    )
 
 
 class Network(nn.Module):
@@ -112,7 +106,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @cases(2, ROUNDS)
-def test_sixteen_threads_get_what_one_gets(count):
+def test_sixteen_threads_get_what_one_gets(count, figures):
     with threads(1):
         calls = operations()
         expected = {name: call() for name, call in calls.items()}
@@ -124,16 +118,20 @@ def test_sixteen_threads_get_what_one_gets(count):
 
     with threads(2), ThreadPoolExecutor(THREADS) as pool:
         assert [wrong for wrong in pool.map(caller, range(THREADS)) if wrong] == []
+    calls_made = THREADS * count * len(calls)
+    figures(f"calls by {THREADS} threads at once", calls_made, {"the bits of one": calls_made})
 
 
 @cases((1, 3, 64), COUNTS, "counts")
-def test_the_number_of_threads_changes_no_bit(counts):
+def test_the_number_of_threads_changes_no_bit(counts, figures):
     with threads(1):
         calls = operations()
         expected = {name: call() for name, call in calls.items()}
     for count in counts:
         with threads(count):
             assert [name for name, call in calls.items() if not same(call(), expected[name])] == [], count
+    compared = len(counts) * len(calls)
+    figures(f"calls of 1 to {max(counts)} threads", compared, {"the bits of one": compared})
 
 
 def compare(expected: dict[str, list[Tensor]], count: int | None) -> None:
@@ -177,7 +175,7 @@ def test_a_forked_child_that_goes_on_with_several_threads_waits_or_is_right():
 
 
 @cases(10, 200)
-def test_sixteen_writers_leave_one_whole_file(tmp_path, count):
+def test_sixteen_writers_leave_one_whole_file(tmp_path, count, figures):
     contents = [bytes([number]) * (10_000 + number) for number in range(THREADS)]
 
     def write(number: int) -> None:
@@ -188,3 +186,4 @@ def test_sixteen_writers_leave_one_whole_file(tmp_path, count):
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(write, range(THREADS)))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    figures(f"writes of one file by {THREADS} threads", THREADS * count, {"a whole file each time": THREADS * count})

@@ -10,11 +10,13 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from interrupting import Fail, Kill, Limit, Nothing, Outcome, run
+from campaigns_of import cases
+from interrupting import SMALL, Fail, Kill, Limit, Nothing, run, told_in_one_line
 from qtdog.files import read_records
 from qtdog.results.runs import find_runs
 from tiny import make_digits
@@ -25,17 +27,6 @@ SECONDS = 1800  # that one may take
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 pytestmark = [pytest.mark.timeout(SECONDS), pytest.mark.untraced]
-
-
-def cases(few: int, all_of_them: int) -> pytest.MarkDecorator:
-    """The parameter `count`: a few by day, all by night."""
-    return pytest.mark.parametrize(
-        "count", [pytest.param(few, marks=pytest.mark.slow), pytest.param(all_of_them, marks=pytest.mark.nightly)]
-    )
-
-
-SMALL = ["--batch-size", "2", "--device", "cpu", "--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4",
-         "--backbone", "SMALL_CNN", "--test-envs", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +63,13 @@ def found(output: Path) -> dict[str, object]:
     return content
 
 
-def told_in_one_line(outcome: Outcome) -> bool:
-    """Exit code 2, no traceback, and a last line that says why."""
-    return (
-        outcome.code == 2
-        and "Traceback" not in outcome.text
-        and outcome.text.count("qtdog: error: ") == 1
-        and outcome.text.splitlines()[-1].startswith("qtdog: error: ")
-    )
-
-
 def largest(output: Path) -> int:
     return max(path.stat().st_size for path in output.rglob("*") if path.is_file())
 
 
 @cases(4, KILLS)
 @pytest.mark.parametrize("command", [train, sweep])
-def test_a_killed_run_comes_out_as_if_nothing_had_been(digits_dir, tmp_path, command, count):
+def test_a_killed_run_comes_out_as_if_nothing_had_been(digits_dir, tmp_path, command, count, figures):
     """Killed before any operation on files, or in the middle of a write; every other one once more as it resumes."""
     undisturbed = tmp_path / "undisturbed"
     whole = run(command(digits_dir, undisturbed), undisturbed)
@@ -108,11 +89,12 @@ def test_a_killed_run_comes_out_as_if_nothing_had_been(digits_dir, tmp_path, com
         assert outcome.code == 0, (case, how, outcome)
         assert found(output) == expected, (case, how)
         shutil.rmtree(output)
+    figures(f"{command.__name__}, killed", count, {"resumed to the same bits": count})
 
 
 @cases(4, DISKS)
 @pytest.mark.parametrize("command", [train, sweep])
-def test_a_disk_that_fails_loses_nothing(digits_dir, tmp_path, command, count):
+def test_a_disk_that_fails_loses_nothing(digits_dir, tmp_path, command, count, figures):
     """From any operation on files, or in the middle of a write: one line, and the same command goes on later."""
     undisturbed = tmp_path / "undisturbed"
     whole = run(command(digits_dir, undisturbed), undisturbed)
@@ -130,6 +112,7 @@ def test_a_disk_that_fails_loses_nothing(digits_dir, tmp_path, command, count):
         assert outcome.code == 0, (case, how, outcome)
         assert found(output) == expected, (case, how)
         shutil.rmtree(output)
+    figures(f"{command.__name__}, a disk that fails", count, {"one line, then resumed to the same bits": count})
 
 
 def flip(file: Path, draw: random.Random) -> None:
@@ -141,7 +124,7 @@ def flip(file: Path, draw: random.Random) -> None:
 
 
 @cases(4, BITS)
-def test_a_flipped_bit_in_a_checkpoint_is_noticed(digits_dir, tmp_path, count):
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(digits_dir, tmp_path, count, figures):
     """In the last: the one before serves. In that one: it is not needed. In both: one line."""
     undisturbed, interrupted = tmp_path / "undisturbed", tmp_path / "interrupted"
     whole = run(train(digits_dir, undisturbed), undisturbed)
@@ -151,7 +134,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(digits_dir, tmp_path, count):
         run(train(digits_dir, interrupted), interrupted, Kill(operation))
         if list(interrupted.rglob("checkpoint.previous.pt")) and not list(interrupted.rglob("model.safetensors")):
             break
-    draw = random.Random(SEED)
+    draw, outcomes = random.Random(SEED), Counter[str]()
     for case in range(count):
         last, before = "checkpoint.pt", "checkpoint.previous.pt"
         damaged = ([last], [last], [before], [last, before])[case % 4]
@@ -160,6 +143,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(digits_dir, tmp_path, count):
             (file,) = output.rglob(name)
             flip(file, draw)
         outcome = run(again(train(digits_dir, output)), output)
+        outcomes["one line" if outcome.code else "resumed to the same bits"] += 1
         if len(damaged) == 2:
             assert told_in_one_line(outcome) and "is damaged" in outcome.text, (case, outcome)
         else:
@@ -167,6 +151,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(digits_dir, tmp_path, count):
             noticed = "going on from the checkpoint before it" in outcome.text
             assert noticed == (damaged == [last]), (case, outcome)
         shutil.rmtree(output)
+    figures("a bit flipped in a checkpoint", count, dict(outcomes))
 
 
 FILE_SYSTEM = """\

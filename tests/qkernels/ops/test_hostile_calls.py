@@ -129,7 +129,7 @@ REFUSED = {
 
 
 # A convolution is right whatever its stride, dilation and padding are, and takes no memory for what no window reads.
-RIGHT = {
+RIGHT = (
     # Outputs (0, 0) .. (1, 1) read rows and columns -2**32 + 1 and 1.
     "y = conv(stride=(2**32, 2**32), padding=(2**32 - 1, 2**32 - 1, 0, 0)); assert (y[:, :, :1] == 0).all(); "
     "assert y.shape == (2, 4, 2, 2) and torch.equal(y[..., 1:, 1:], conv(images[..., 1:2, 1:2]))",
@@ -142,7 +142,7 @@ RIGHT = {
     "y = conv(kernel=(3, 1), dilation=(2**40, 1), padding=(2**40, 0, 2**40, 0), packed=ones); "
     "assert torch.equal(y, conv(packed=ones))",
     "assert multi([x, x], [one, one])[1].shape == x.shape",
-}
+)
 
 
 @pytest.fixture(scope="module")

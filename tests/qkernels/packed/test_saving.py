@@ -63,6 +63,7 @@ def save_killed_at(operation, when, folder):
     return status != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_save_that_is_killed_loses_neither(tmp_path, when):
     operation, seeds = 1, []

@@ -114,6 +114,7 @@ def test_what_is_no_key(folder, keys, tmp_path):
         qk.make_signing_key(private)
 
 
+@pytest.mark.slow
 def test_without_cryptography_the_error_says_what_to_install(folder, tmp_path):
     script = """
 import sys
