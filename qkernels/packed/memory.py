@@ -61,7 +61,7 @@ class MemoryLimit:
                 raise ProgramError(
                     f"{step.name} would bring the memory in use to {needed >> 20:,} MiB, more than the "
                     f"{most >> 20:,} MiB that a file may take for these images; if you trust it, "
-                    "load(path, max_bytes=...) raises the limit"
+                    "max_bytes raises the limit"
                 )
 
         return watch

@@ -57,19 +57,22 @@ def calibration_batches(parts: Sequence[Part], images: int, device: torch.device
     return [part.domain.images(indices, False).to(device) for part, indices in chunks if indices]
 
 
-def read_ensemble(file: str, device: torch.device, public_key: str | None) -> tuple[qk.PackedEnsemble, dict[str, Any]]:
+def read_ensemble(
+    config: "EvalConfig | PredictConfig", device: torch.device
+) -> tuple[qk.PackedEnsemble, dict[str, Any]]:
     """A packed ensemble, and what it says of itself.
 
     Raises:
-        UserError: if there is none, it is damaged, or not signed by the owner of `public_key`, where one is given.
+        UserError: if there is none, it is damaged, takes too much memory, or is not signed as the settings require.
     """
+    file = config.file
     if not file:
         raise UserError("name a packed ensemble: the folder `packed` that `qtdog ensemble` wrote")
     try:
-        ensemble = qk.PackedEnsemble.load(file, public_key=public_key).to(device)
+        ensemble = qk.PackedEnsemble.load(file, max_bytes=config.max_bytes, public_key=config.require_signature)
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
-    return ensemble, info_of(ensemble, file)
+    return ensemble.to(device), info_of(ensemble, file)
 
 
 def answerer(ensemble: qk.PackedEnsemble, info: dict[str, Any], file: str) -> Callable[[Tensor], Tensor]:
@@ -120,13 +123,14 @@ class EvalConfig:
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
     num_workers: Annotated[int | None, "processes that read images, at most the CPU cores"] = None
     require_signature: Annotated[str | None, "public key of whoever must have signed the file: see `qtdog sign`"] = None
+    max_bytes: Annotated[int | None, "memory that a file may take (default: docs/format.md), if it is refused"] = None
 
 
 def evaluate_file(config: EvalConfig) -> dict[str, float]:
     """Print the accuracy of a packed ensemble on each domain of a data set; returns it by domain, in 0..1."""
     log = Log()
     device = pick_device(config.device)
-    ensemble, info = read_ensemble(config.file, device, config.require_signature)
+    ensemble, info = read_ensemble(config, device)
     name = config.dataset or info.get("data_kind", "folder")
     preprocessing = preprocessing_of(info)
     dataset = load_dataset(name, config.data_dir, preprocessing, log)
@@ -177,12 +181,13 @@ class PredictConfig:
     json: Annotated[bool, "print one JSON object an image"] = False
     device: Annotated[Device, "where to run; auto is cuda if there is one"] = "auto"
     require_signature: Annotated[str | None, "public key of whoever must have signed the file: see `qtdog sign`"] = None
+    max_bytes: Annotated[int | None, "memory that a file may take (default: docs/format.md), if it is refused"] = None
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """Print the most likely classes of each image and how far the members disagree; returns the same as records."""
     device = pick_device(config.device)
-    ensemble, info = read_ensemble(config.file, device, config.require_signature)
+    ensemble, info = read_ensemble(config, device)
     answer = answerer(ensemble, info, config.file)
     classes = info.get("classes")
     preprocessing = preprocessing_of(info)
