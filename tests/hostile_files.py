@@ -105,8 +105,9 @@ def mutate_config(config: dict[str, Any], rng: np.random.Generator, marker: Path
 
 def mutate_node(config: dict[str, Any], rng: np.random.Generator) -> None:
     """Another call, or nodes in another order, or one twice."""
-    nodes = config.get("program", {}).get("nodes")
-    if not isinstance(nodes, list) or len(nodes) < 3:
+    program = config.get("program")
+    nodes = program.get("nodes") if isinstance(program, dict) else None
+    if not isinstance(nodes, list) or len(nodes) < 3 or not all(isinstance(node, dict) for node in nodes):
         return
     i, j = rng.integers(1, len(nodes) - 1, 2)
     kind = rng.integers(3)

@@ -147,3 +147,11 @@ def test_results_page_is_that_of_the_committed_results(monkeypatch):
     (icon_styles,) = json.loads((ROOT / "docs" / "results" / "icon_styles.json").read_text())["tables"]
     text = (ROOT / "README.md").read_text()
     assert results.readme(text, icon_styles) == text
+
+
+def test_the_table_of_reliability_is_that_of_the_committed_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import reliability
+
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    assert reliability.page(text) == text and "| mutated packed files | 10,000 |" in text

@@ -91,10 +91,20 @@ def check(op: str, x: torch.Tensor, *arguments: Any) -> None:
 
 def run_check(op: str, *arguments: Any) -> None:
     """What fake kernels and the backends in Python begin with."""
+    for position, name in _tensors(op):
+        if arguments[position] is None:  # which PyTorch lets pass for a tensor
+            raise TypeError(f"{op}: {name} must be a tensor, got None")
     try:
         CHECKS[op](*arguments)
-    except AttributeError as error:  # None, which PyTorch lets pass for a tensor
+    except AttributeError as error:  # None in a list
         raise TypeError(f"{op}: a tensor is missing: {error}") from None
+
+
+@cache
+def _tensors(op: str) -> list[tuple[int, str]]:
+    """Position and name of the arguments that must be tensors."""
+    arguments = [argument.split() for argument in SCHEMAS[op][1:].partition(")")[0].split(", ")]
+    return [(position, name) for position, (kind, name) in enumerate(arguments) if kind == "Tensor"]
 
 
 def register_fake(op: str, check: Callable[..., None]) -> Callable[[Callable[..., Any]], None]:

@@ -17,7 +17,7 @@ from interrupting import SMALL, Fail, run, told_in_one_line
 from tiny import make_digits
 
 SEED = 13
-DISKS, DAMAGES = 10, 400  # cases: of each command; of all files together
+DISKS, DAMAGES = 5, 200  # cases: of each command; of all files together
 SECONDS = 3600  # that a campaign may take
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 

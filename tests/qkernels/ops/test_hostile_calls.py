@@ -17,6 +17,7 @@ import hostile_calls
 from hostile_calls import Calls
 from qkernels import backends
 from qkernels.ops.geometry import Geometry
+from qkernels.ops.library import run_check
 from qkernels.ops.packed_conv2d import packed_conv2d
 from qkernels.ops.packing import pack
 
@@ -205,6 +206,12 @@ def test_public_functions_refuse_sizes_that_overflow():
         packed_conv2d(
             torch.ones(1, 4, 1, 1), packed, torch.ones(1, 4), None, 7, Geometry((1, 1), padding=(2**62, 0, 2**62, 0))
         )
+
+
+def test_a_tensor_that_is_missing_is_named():
+    """Also where nothing that the check looks at tells that it is."""
+    with pytest.raises(TypeError, match="quantize: scale must be a tensor, got None"):
+        run_check("quantize", torch.zeros(7, 9), None, 0, 255, 1)
 
 
 @pytest.mark.slow
