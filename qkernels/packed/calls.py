@@ -168,6 +168,11 @@ def _elementwise(function: Any) -> Call:
     return Call(function, input=TENSOR, inplace=one_of(False))
 
 
+def _pool(function: Any, **more: Any) -> Call:
+    stride = pair(SIZE) | NOTHING
+    return Call(function, required=2, input=TENSOR, kernel_size=pair(SIZE), stride=stride, padding=pair(EDGE), **more)
+
+
 FUNCTIONS: dict[str, Call] = {
     "add": _arithmetic(operator.add, OPERAND | SHAPE),
     "sub": _arithmetic(operator.sub),
@@ -189,31 +194,11 @@ FUNCTIONS: dict[str, Call] = {
     "adaptive_avg_pool2d": Call(
         F.adaptive_avg_pool2d, required=2, elements=_pooled, input=TENSOR, output_size=pair(INTEGER | NOTHING)
     ),
-    "avg_pool2d": Call(
-        F.avg_pool2d,
-        required=2,
-        input=TENSOR,
-        kernel_size=pair(SIZE),
-        stride=pair(SIZE) | NOTHING,
-        padding=pair(EDGE),
-        ceil_mode=FLAG,
-        count_include_pad=FLAG,
-        divisor_override=SIZE | NOTHING,
-    ),
+    "avg_pool2d": _pool(F.avg_pool2d, ceil_mode=FLAG, count_include_pad=FLAG, divisor_override=SIZE | NOTHING),
     "gelu": Call(F.gelu, input=TENSOR, approximate=one_of("none", "tanh")),
     "hardsigmoid": _elementwise(F.hardsigmoid),
     "hardswish": _elementwise(F.hardswish),
-    "max_pool2d": Call(
-        F.max_pool2d,
-        required=2,
-        input=TENSOR,
-        kernel_size=pair(SIZE),
-        stride=pair(SIZE) | NOTHING,
-        padding=pair(EDGE),
-        dilation=pair(SIZE),
-        ceil_mode=FLAG,
-        return_indices=one_of(False),
-    ),
+    "max_pool2d": _pool(F.max_pool2d, dilation=pair(SIZE), ceil_mode=FLAG, return_indices=one_of(False)),
     "normalize": Call(F.normalize, input=TENSOR, p=REAL, dim=DIMS, eps=REAL, out=NOTHING),
     "pad": Call(
         F.pad,
