@@ -28,6 +28,15 @@ def _weights(packed_ptr, channel, tile, depth, BITS, ALIGNED, EVEN, BLOCK_DEPTH)
 
 
 @triton.jit
+def _decoded_weights(codes_ptr, channel, tile, depth, ALIGNED, EVEN, BLOCK_DEPTH):
+    """The same of what `decode_kernel` wrote, in its type."""
+    k = (tile * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)).to(channel.dtype)
+    depth = (depth // ALIGNED * ALIGNED).to(channel.dtype)
+    mask = None if EVEN else (k < depth)[None, :]
+    return tl.load(codes_ptr + (channel[:, None] * depth + k[None, :]), mask, other=None if EVEN else 0)
+
+
+@triton.jit
 def _split_to_tf32(x):
     """float32 x = high + low, both of them tf32 but for the last bit of low.
 
@@ -38,6 +47,43 @@ def _split_to_tf32(x):
     high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     splits = tl.abs(x) < 2.0**127
     return tl.where(splits, high, x), tl.where(splits, x - high, 0.0)
+
+
+@triton.jit(do_not_specialize=["channels", "depth", "packed_member"])
+def decode_kernel(
+    packed_ptr,
+    codes_ptr,
+    code_sums_ptr,
+    channels,
+    depth,
+    packed_member,
+    BITS: tl.constexpr,
+    DEPTH_ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """BLOCK_CHANNELS channels of a member a program: reads BITS / 8 B and writes one element a code.
+
+    code_sums: int32 [members, channels], the sum of each channel's codes, or None; the rest is as in `conv_kernel`.
+    """
+    depth = depth // DEPTH_ALIGNED * DEPTH_ALIGNED
+    member = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row = tl.minimum(channel, channels - 1).to(tl.uint64 if WIDE else tl.uint32)
+    packed_ptr += member.to(tl.int64) * (packed_member // 8 * 8)
+    codes_ptr += member.to(tl.int64) * channels * depth
+    sums = tl.zeros([BLOCK_CHANNELS], tl.int32)
+    for tile in range(tl.cdiv(depth, BLOCK_DEPTH)):
+        codes = _weights(packed_ptr, row, tile, depth, BITS, DEPTH_ALIGNED, EVEN, BLOCK_DEPTH)
+        k = tile * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+        at = row[:, None] * depth.to(row.dtype) + k[None, :].to(row.dtype)
+        mask = (channel < channels)[:, None] & (k < depth)[None, :]
+        tl.store(codes_ptr + at, codes.to(codes_ptr.dtype.element_ty), mask)
+        sums += tl.sum(codes.to(tl.int32), 1)
+    if code_sums_ptr is not None:
+        tl.store(code_sums_ptr + member * channels + channel, sums, channel < channels)
 
 
 @triton.jit(
@@ -68,6 +114,7 @@ def _split_to_tf32(x):
 def conv_kernel(
     x_ptr,
     packed_ptr,
+    code_sums_ptr,
     partials_ptr,
     epilogue,
     channel_tiles,
@@ -114,15 +161,16 @@ def conv_kernel(
     their patches, then come the other pixels, whose programs find the member's weights in the second-level cache.
 
     pixels: of a member's output, images included; channels: of all groups; walked: tiles of depth a program; x_member,
-    packed_member: elements from one member's x and packed codes to the next; DOT: the type of the product, int8 for
-    codes; PADDED: some taps fall outside the image; ONE_TAP: no tile of depth has two of them; EVEN: BLOCK_DEPTH
+    packed_member: elements from one member's x and packed codes to the next; BITS: None where `packed_ptr` and
+    `code_sums_ptr` have what `decode_kernel` wrote; DOT: the type of the product, int8 for codes; PADDED: some taps fall outside the image; ONE_TAP: no tile of depth has two of them; EVEN: BLOCK_DEPTH
     divides depth; WIDE: offsets need 64 bits. ALIGNED: powers of two that divide the depth (where 4 does, packed is
     int32), the input channels of a group, and its output channels.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     # These change nothing, but tell the compiler how wide its accesses may be.
     depth = depth // DEPTH_ALIGNED * DEPTH_ALIGNED
-    packed_member = packed_member // 8 * 8
+    MEMBER_ALIGNED: tl.constexpr = DEPTH_ALIGNED if BITS is None else 8
+    packed_member = packed_member // MEMBER_ALIGNED * MEMBER_ALIGNED
     x_member = x_member // IN_ALIGNED * IN_ALIGNED
     depth_per_tap = depth_per_tap // IN_ALIGNED * IN_ALIGNED
     in_channels = in_channels // IN_ALIGNED * IN_ALIGNED
@@ -152,11 +200,15 @@ def conv_kernel(
     SUM: tl.constexpr = tl.int32 if DOT.is_int8() else tl.float32
     SHIFTED: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
     sums = tl.zeros([BLOCK_CHANNELS, BLOCK_PIXELS], SUM)
-    if SHIFTED:
+    ADDS_CODES: tl.constexpr = SHIFTED and BITS is not None
+    if ADDS_CODES:
         ones = tl.full([BLOCK_DEPTH, 16], 1, tl.int8)
         code_sums = tl.zeros([BLOCK_CHANNELS, 16], tl.int32)
     for tile in range(split * walked, tl.minimum((split + 1) * walked, tl.cdiv(depth, BLOCK_DEPTH))):
-        codes = _weights(packed_ptr, weight, tile, depth, BITS, DEPTH_ALIGNED, EVEN, BLOCK_DEPTH)
+        if BITS is None:
+            codes = _decoded_weights(packed_ptr, weight, tile, depth, DEPTH_ALIGNED, EVEN, BLOCK_DEPTH)
+        else:
+            codes = _weights(packed_ptr, weight, tile, depth, BITS, DEPTH_ALIGNED, EVEN, BLOCK_DEPTH)
 
         k = tile * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
         if KERNEL_H * KERNEL_W == 1:
@@ -181,6 +233,7 @@ def conv_kernel(
         if SHIFTED:
             # Tensor cores take two int8: x - 128, at padding too, and 128 times the sum of the codes afterwards.
             x = (x ^ 128).to(tl.int8, bitcast=True)
+        if ADDS_CODES:
             code_sums = tl.dot(codes, ones, code_sums, out_dtype=tl.int32)
         if DOT.is_fp32():
             high, low = _split_to_tf32(x.to(tl.float32))
@@ -188,8 +241,11 @@ def conv_kernel(
             sums = tl.dot(codes.to(tl.float32), high, sums, input_precision="tf32")
         else:
             sums = tl.dot(codes.to(DOT), x, sums, out_dtype=SUM)
-    if SHIFTED:
+    if ADDS_CODES:
         sums += 128 * tl.max(code_sums, 1)[:, None]  # its columns are equal
+    elif SHIFTED:
+        of_channel = tl.load(code_sums_ptr + member * channels + weight.to(tl.int32))
+        sums += tl.where(split == 0, 128 * of_channel, 0)[:, None]  # of the whole depth: not once a split
 
     channel, pixel = (group * group_channels + channel)[:, None].to(INDEX), pixel[None, :]
     if partials_ptr is None:

@@ -39,6 +39,7 @@ _TABLE: dict[tuple[int, int] | None, dict[str, Launch]] = {
         "unpack": Launch(block=2048, num_warps=4),
         "quantize": Launch(block=4096, num_warps=8),
         "depthwise": Launch(block=1024, num_warps=1),
+        "decode": Launch(block=2048, num_warps=4),
         "fold": Launch(block=512, num_warps=4),
     },
 }

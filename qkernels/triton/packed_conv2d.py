@@ -12,7 +12,7 @@ from ..ops.geometry import Geometry
 from ..ops.packed_conv2d import output_shape
 from . import tuning
 from .depthwise import depthwise_kernel
-from .implicit_gemm import conv_kernel, fold_kernel
+from .implicit_gemm import conv_kernel, decode_kernel, fold_kernel
 from .launch import launch_of, on_device_of
 from .packed_epilogue import Epilogue
 
@@ -21,8 +21,15 @@ _TL = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.int8: tl.int8,
-    torch.uint8: tl.int8,
 }
+
+
+def _product_of(x: Tensor) -> torch.dtype:
+    """The type in which x and the codes are multiplied."""
+    if x.dtype == torch.uint8:
+        return torch.int8
+    # Triton's interpreter has no bfloat16 product.
+    return torch.float32 if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret else x.dtype
 
 
 def _alignment(*sizes: int) -> int:
@@ -99,17 +106,16 @@ def _implicit_gemm(
     pixels = images // members * out_height * out_width
     depth_per_tap = x.shape[1] // groups
     depth = depth_per_tap * math.prod(geometry.kernel)
-    # Triton's interpreter has no bfloat16 product.
-    dot = tl.float32 if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret else _TL[x.dtype]
+    product = _product_of(x)
+    dot = _TL[product]
     depth_aligned = math.gcd(32, depth)
     if depth_aligned >= 4:
         packed = packed.view(-1).view(torch.int32)
-    x_member, packed_member = 0 if shared else x.numel() // members, packed.numel() // members
+    x_member = 0 if shared else x.numel() // members
     sizes = (pixels, channels, depth, depth_per_tap, x.shape[1], *x.shape[2:], out_height, out_width)
     window = (*geometry.stride, *geometry.padding[:2], *geometry.dilation)
     largest = max(x.numel() // (1 if shared else members), pixels * channels, channels * depth)
     constants = {
-        "BITS": bits,
         "ACTIVATION": activation,
         "DOT": dot,
         "KERNEL_H": geometry.kernel[0],
@@ -128,12 +134,18 @@ def _implicit_gemm(
         splits = max(1, triton.cdiv(triton.cdiv(depth, tile.depth), walked))
         partials = None
         if splits > 1:
-            sums = torch.int32 if dot == tl.int8 else torch.float32
+            sums = torch.float32 if product.is_floating_point else torch.int32
             partials = x.new_empty(splits, members, pixels, channels, dtype=sums)
-        tiles = (channel_tiles, pixel_tiles, groups, walked, packed_member, x_member)
+        codes, code_sums, code_bits = packed, None, bits
+        if tile.decoded:
+            codes, code_bits = packed.new_empty(members, channels, depth, dtype=product), None
+            code_sums = packed.new_empty(members, channels, dtype=torch.int32) if x.dtype == torch.uint8 else None
+            _decode(packed, bits, codes, code_sums)
+        tiles = (channel_tiles, pixel_tiles, groups, walked, codes.numel() // members, x_member)
         conv_kernel[(channel_tiles * pixel_tiles * groups * members, splits)](
-            *(x, packed, partials, epilogue, *tiles, *sizes, *window),
+            *(x, codes, code_sums, partials, epilogue, *tiles, *sizes, *window),
             **constants,
+            BITS=code_bits,
             ONE_TAP=depth_per_tap % tile.depth == 0,
             EVEN=depth % tile.depth == 0,
             WIDE=largest + tile.depth * tile.channels >= 2**31,
@@ -148,6 +160,29 @@ def _implicit_gemm(
 
     bucket = tuning.Bucket.of(dot.name, channels // groups, pixels, depth, depth_per_tap, members * groups)
     launch(tuning.tile_of(bucket, x.device, launch))
+
+
+def _decode(packed: Tensor, bits: int, codes: Tensor, sums: Tensor | None) -> None:
+    """The first launch of a tile that wants its codes decoded: fills codes [members, channels, depth], and sums."""
+    members, channels, depth = codes.shape
+    launch = launch_of("decode", codes)
+    block_depth = min(triton.next_power_of_2(depth), launch.block)
+    block_channels = launch.block // block_depth
+    decode_kernel[(triton.cdiv(channels, block_channels), members)](
+        packed,
+        codes,
+        sums,
+        channels,
+        depth,
+        packed.numel() // members,
+        BITS=bits,
+        DEPTH_ALIGNED=math.gcd(32, depth),
+        EVEN=depth % block_depth == 0,
+        WIDE=channels * depth + launch.block >= 2**31,
+        BLOCK_CHANNELS=block_channels,
+        BLOCK_DEPTH=block_depth,
+        num_warps=launch.num_warps,
+    )
 
 
 def _fold(partials: Tensor, epilogue: Epilogue, activation: str, out_aligned: int) -> None:

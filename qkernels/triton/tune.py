@@ -81,7 +81,7 @@ def compile_share(share: int, shares: int, convolutions: list[tuple[Any, ...]]) 
 
     def launch(bucket: tuning.Bucket, device: torch.device, run: Callable[[tuning.Tile], object]) -> tuning.Tile:
         for tile in tuning.candidates(bucket, device):
-            if hash(tile[:5]) % shares == share:  # without the splits, which are no constant of a kernel
+            if hash(tile._replace(splits=1)) % shares == share:  # without the splits, which are no constant of a kernel
                 with suppress(triton.OutOfResources):
                     run(tile)
         raise _Compiled

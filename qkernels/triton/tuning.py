@@ -24,7 +24,10 @@ from .launch import capability_of
 
 
 class Tile(NamedTuple):
-    """A program computes [channels, pixels] of an output, `depth` terms of the sums at a time, a `splits`th of them."""
+    """A program computes [channels, pixels] of an output, `depth` terms of the sums at a time, a `splits`th of them.
+
+    decoded: the weights are first decoded into memory, once for all tiles of pixels, instead of by each.
+    """
 
     channels: int
     pixels: int
@@ -32,6 +35,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     splits: int = 1
+    decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+DECODINGS = 4  # of the same codes, by so many tiles of pixels, take longer than to write them and read them back
+
+
 def by_rule(bucket: Bucket, device: torch.device) -> Tile:
     """A choice by reasoning.
 
@@ -88,6 +95,7 @@ def by_rule(bucket: Bucket, device: torch.device) -> Tile:
     channels = 128 if bucket.channels >= 128 and not narrow else 64  # 64 rows are the least that wgmma takes
     pixels = min(max(bucket.pixels, 16), 64 if narrow else 128)
     depth = 32 if bucket.depth_per_tap < 64 or bucket.dot == "fp32" else 64
+    decoded = can_decode(bucket) and bucket.pixels >= DECODINGS * pixels
 
     def programs() -> int:
         return bucket.batch * triton.cdiv(bucket.channels, channels) * triton.cdiv(bucket.pixels, pixels)
@@ -100,7 +108,12 @@ def by_rule(bucket: Bucket, device: torch.device) -> Tile:
     splits = 1
     if programs() < 2 * available:
         splits = max(1, min(4 * available // programs(), bucket.depth // (8 * depth), 16))
-    return Tile(channels, pixels, depth, 8 if channels * pixels == 128 * 128 else 4, 3, splits)
+    return Tile(channels, pixels, depth, 8 if channels * pixels == 128 * 128 else 4, 3, splits, decoded)
+
+
+def can_decode(bucket: Bucket) -> bool:
+    """Whether decoded codes travel to shared memory 16 bytes at a time; float32 ones would take too much of it."""
+    return bucket.dot != "fp32" and bucket.depth_per_tap >= 16
 
 
 def candidates(bucket: Bucket, device: torch.device) -> list[Tile]:
@@ -117,6 +130,8 @@ def candidates(bucket: Bucket, device: torch.device) -> list[Tile]:
             tiles += [tile, tile._replace(num_stages=4)]
             if deep > rule.depth:
                 tiles.append(tile._replace(depth=deep))
+    if can_decode(bucket):
+        tiles += [tile._replace(decoded=not rule.decoded) for tile in tiles[:2]]
     if 2 * rule.splits * rule.depth <= bucket.depth:
         tiles.append(rule._replace(splits=2 * rule.splits))
     return list(dict.fromkeys(tiles))
@@ -124,7 +139,7 @@ def candidates(bucket: Bucket, device: torch.device) -> list[Tile]:
 
 def milliseconds(run: Callable[[], object]) -> float:
     """That a launch takes."""
-    return triton.testing.do_bench(run, warmup=5, rep=20)
+    return triton.testing.do_bench(run, warmup=2, rep=6, return_mode="median")
 
 
 def fastest(bucket: Bucket, device: torch.device, run: Callable[[Tile], object]) -> Tile:

@@ -239,15 +239,22 @@ LARGER_INTERPRETED = {
 }
 
 
-@pytest.fixture
-def larger(monkeypatch):
-    """name -> arguments of make_layer."""
-    if not backend.interpreted:
-        return LARGER.__getitem__
+@pytest.fixture(params=["rule", "decoded"])
+def larger(monkeypatch, request):
+    """name -> arguments of make_layer; in Triton with the rule's tiles, and with codes decoded first."""
+    decoded = request.param == "decoded"
+    if backend.name != "triton":
+        return pytest.skip("Triton's alone") if decoded else LARGER.__getitem__
     from qkernels.triton import tuning
 
-    monkeypatch.setattr(tuning, "tile_of", lambda bucket, *_: tuning.Tile(16, 16, 32, 4, 3, bucket.depth // 256 or 1))
-    return lambda name: LARGER[name] | LARGER_INTERPRETED[name]
+    rule = tuning.by_rule
+
+    def tile_of(bucket, device, _):
+        small = tuning.Tile(16, 16, 32, 4, 3, bucket.depth // 256 or 1)
+        return (small if backend.interpreted else rule(bucket, device))._replace(decoded=decoded)
+
+    monkeypatch.setattr(tuning, "tile_of", tile_of)
+    return lambda name: LARGER[name] | (LARGER_INTERPRETED[name] if backend.interpreted else {})
 
 
 @pytest.mark.parametrize("name", LARGER)
