@@ -74,7 +74,6 @@ def checked(op: str, backend: str) -> Callable[..., Any]:
 def _serve(op: str, device: str, key: str, backend: str, reason: str) -> None:
     if backend in ("triton", "reference"):
         library.library.impl(op, checked(op, backend), key)
-        library.CHECKED.add((op, device))
     _served.append(Served(op, device, backend, reason))
 
 

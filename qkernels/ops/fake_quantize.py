@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_element, check_grad, check_per_scale, check_range, check_x, normalized
-from .library import check, library, register_fake
+from .library import call, library, register_fake
 from .transforms import as_channels, calls_op, from_channels, per_scale_channels, raise_double_backward, unrecorded
 
 ops = torch.ops.qkernels
@@ -167,5 +167,4 @@ def fake_quantize(
     if edge not in ("lsq", "aten"):
         raise ValueError(f'fake_quantize: edge must be "lsq" or "aten", got {edge!r}')
     arguments = (x, scale, offset, qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype)
-    check("fake_quantize", x, *arguments)
-    return ops.fake_quantize.default(*arguments) if calls_op() else _FakeQuantize.apply(*arguments)
+    return call("fake_quantize", ops.fake_quantize.default if calls_op() else _FakeQuantize.apply, *arguments)

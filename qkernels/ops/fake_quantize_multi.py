@@ -1,12 +1,13 @@
 """`fake_quantize_multi`: the weights of all layers in one call."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import check_element, check_grad, check_per_scale, check_range, check_x
-from .library import check, library, register_fake
+from .library import call, library, register_fake
 from .transforms import as_channels, calls_op, from_channels, per_scale_channels, raise_double_backward, unrecorded
 
 ops = torch.ops.qkernels
@@ -98,10 +99,9 @@ class _FakeQuantizeMulti(torch.autograd.Function):
     """With xs and scales one after another, since a Function takes no gradients of lists."""
 
     @staticmethod
-    def forward(ctx, qmins, qmaxs, axis, grad_factors, out_dtype, *tensors):
+    def forward(ctx, layers, qmins, qmaxs, axis, grad_factors, out_dtype, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.arguments = (qmins, qmaxs, axis, grad_factors)
-        layers = len(tensors) // 2
         xs, scales = tensors[:layers], tensors[layers:]
         return tuple(unrecorded(ops.fake_quantize_multi.default, xs, scales, *ctx.arguments, out_dtype))
 
@@ -114,7 +114,12 @@ class _FakeQuantizeMulti(torch.autograd.Function):
             ops.fake_quantize_multi_backward.default, grads, xs, scales, *ctx.arguments, any(scales_needed)
         )
         grad_scales = [g if needed else None for g, needed in zip(grad_scales, scales_needed, strict=True)]
-        return *(None,) * 5, *grad_xs, *grad_scales
+        return *(None,) * 6, *grad_xs, *grad_scales
+
+
+def _recorded(xs: list[Tensor], scales: list[Tensor], *arguments: Any) -> list[Tensor]:
+    """The op, with its gradient by `_FakeQuantizeMulti`."""
+    return list(_FakeQuantizeMulti.apply(len(xs), *arguments, *xs, *scales))
 
 
 @torch.library.register_vmap("qkernels::fake_quantize_multi", lib=library)
@@ -159,8 +164,5 @@ def fake_quantize_multi(
     if len(xs) == 0:
         return []
     grad_factors = [1.0] * len(xs) if grad_factors is None else [float(g) for g in grad_factors]
-    arguments = (list(qmins), list(qmaxs), axis, grad_factors, out_dtype)
-    check("fake_quantize_multi", xs[0], xs, scales, *arguments)
-    if calls_op():
-        return ops.fake_quantize_multi.default(list(xs), list(scales), *arguments)
-    return list(_FakeQuantizeMulti.apply(*arguments, *xs, *scales))
+    arguments = (list(xs), list(scales), list(qmins), list(qmaxs), axis, grad_factors, out_dtype)
+    return call("fake_quantize_multi", ops.fake_quantize_multi.default if calls_op() else _recorded, *arguments)

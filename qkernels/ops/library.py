@@ -74,23 +74,28 @@ for _name, _schema in SCHEMAS.items():
 
 # op -> its check of the schema's arguments, which raises TypeError or ValueError.
 CHECKS: dict[str, Callable[..., None]] = {}
-# (op, type of device) of the backends in Python.
-CHECKED: set[tuple[str, str]] = set()
 
 
-def check(op: str, x: torch.Tensor, *arguments: Any) -> None:
-    """What the functions that users call do before the op, where what they call does not begin with it by itself.
+def call(op: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, which hands them to the op; what is refused is refused in the words of the op's check.
 
-    While the compiler traces that is the fake kernel. A transform hands other arguments to the op than it is given.
+    Every backend refuses what the check does, so the check comes first only under a transform, which hands other
+    arguments to the op than it is given. While the compiler traces the fake kernel begins with it.
     """
     if torch.compiler.is_compiling():
-        return
-    if (op, x.device.type) not in CHECKED or torch._C._are_functorch_transforms_active():
+        return function(*arguments)
+    if torch._C._are_functorch_transforms_active():
         run_check(op, *arguments)
+    try:
+        return function(*arguments)
+    except RuntimeError as error:
+        refused = error
+    run_check(op, *arguments)
+    raise refused
 
 
 def run_check(op: str, *arguments: Any) -> None:
-    """What fake kernels and the backends in Python begin with."""
+    """What fake kernels and the backends in Python begin with: raises what is wrong with the schema's arguments."""
     for position, name in _tensors(op):
         if arguments[position] is None:  # which PyTorch lets pass for a tensor
             raise TypeError(f"{op}: {name} must be a tensor, got None")

@@ -4,6 +4,7 @@ A convolution takes the members' images one member after another along the batch
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .checks import KERNEL_DTYPES, check_element, check_members, check_range, check_same_device
 from .geometry import Geometry
-from .library import check, register_fake
+from .library import call, register_fake
 from .packing import check_packed
 from .transforms import unrecorded
 
@@ -142,8 +143,7 @@ def packed_conv2d(
         x's dtype [M * N, C_out, H', W'], channels_last. Sums are taken in float32.
     """
     arguments = (x, packed, scale, bias, residual, bits, *geometry.arguments, shared, activation)
-    check("packed_conv2d", x, *arguments)
-    return unrecorded(ops.packed_conv2d.default, *arguments)
+    return call("packed_conv2d", partial(unrecorded, ops.packed_conv2d.default), *arguments)
 
 
 def _check_packed_conv2d_int8(
@@ -235,5 +235,4 @@ def packed_conv2d_int8(
     """
     tensors = (x, x_scale, packed, scale, bias, residual, residual_scale, out_scale)
     arguments = (*tensors, bits, *geometry.arguments, shared, activation, *code_range, out_dtype)
-    check("packed_conv2d_int8", x, *arguments)
-    return unrecorded(ops.packed_conv2d_int8.default, *arguments)
+    return call("packed_conv2d_int8", partial(unrecorded, ops.packed_conv2d_int8.default), *arguments)

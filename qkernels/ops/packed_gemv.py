@@ -1,11 +1,13 @@
 """`packed_gemv`: a linear layer of M members, made for few rows. Not differentiable."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .checks import check_element
 from .geometry import Geometry
-from .library import check, register_fake
+from .library import call, register_fake
 from .packed_conv2d import Activation, check_conv
 from .transforms import unrecorded
 
@@ -48,5 +50,4 @@ def packed_gemv(
         x's dtype [M * N, out]. Sums are taken in float32.
     """
     arguments = (x, packed, scale, bias, bits, shared, activation)
-    check("packed_gemv", x, *arguments)
-    return unrecorded(ops.packed_gemv.default, *arguments)
+    return call("packed_gemv", partial(unrecorded, ops.packed_gemv.default), *arguments)

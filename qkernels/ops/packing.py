@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_element, check_members, check_range, check_same_device, normalized
-from .library import check, register_fake
+from .library import call, register_fake
 
 ops = torch.ops.qkernels
 
@@ -62,8 +62,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 [packed_bytes(codes.numel(), bits)].
     """
-    check("pack", codes, codes, bits)
-    return ops.pack.default(codes, bits)
+    return call("pack", ops.pack.default, codes, bits)
 
 
 def _check_unpack(packed: Tensor, bits: int, count: int, signed: bool) -> None:
@@ -93,8 +92,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | torch.Size, signe
     count = 1
     for n in shape:
         count *= n
-    check("unpack", packed, packed, bits, count, signed)
-    return ops.unpack.default(packed, bits, count, signed).reshape(*packed.shape[:-1], *shape)
+    return call("unpack", ops.unpack.default, packed, bits, count, signed).reshape(*packed.shape[:-1], *shape)
 
 
 # quantize, dequantize_packed -------------------------------------------------------------------------------------
@@ -131,8 +129,7 @@ def quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None = 
         clamped into the range, and so does everything under a scale that is not positive and finite.
     """
     axis = normalized(axis, x)
-    check("quantize", x, x, scale, qmin, qmax, axis)
-    return ops.quantize.default(x, scale, qmin, qmax, axis)
+    return call("quantize", ops.quantize.default, x, scale, qmin, qmax, axis)
 
 
 def _check_dequantize_packed(packed: Tensor, scale: Tensor, bits: int, count: int, out_dtype: torch.dtype) -> None:
@@ -168,5 +165,4 @@ def dequantize_packed(
     Returns:
         out_dtype [M, C, count / C].
     """
-    check("dequantize_packed", packed, packed, scale, bits, count, out_dtype)
-    return ops.dequantize_packed.default(packed, scale, bits, count, out_dtype)
+    return call("dequantize_packed", ops.dequantize_packed.default, packed, scale, bits, count, out_dtype)

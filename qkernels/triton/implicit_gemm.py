@@ -49,15 +49,17 @@ def _split_to_tf32(x):
     return tl.where(splits, high, x), tl.where(splits, x - high, 0.0)
 
 
-@triton.jit(do_not_specialize=["channels", "depth", "packed_member"])
+@triton.jit(do_not_specialize=["channels", "depth", "depth_per_tap", "packed_member"])
 def decode_kernel(
     packed_ptr,
     codes_ptr,
     code_sums_ptr,
     channels,
     depth,
+    depth_per_tap,
     packed_member,
     BITS: tl.constexpr,
+    PAD: tl.constexpr,
     DEPTH_ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -66,7 +68,8 @@ def decode_kernel(
 ):
     """BLOCK_CHANNELS channels of a member a program: reads BITS / 8 B and writes one element a code.
 
-    code_sums: int32 [members, channels], the sum of each channel's codes, or None; the rest is as in `conv_kernel`.
+    PAD: codes of 0 that follow those of each tap; depth and depth_per_tap count them. code_sums: int32
+    [members, channels], the sum of each channel's codes, or None. The rest is as in `conv_kernel`.
     """
     depth = depth // DEPTH_ALIGNED * DEPTH_ALIGNED
     member = tl.program_id(1)
@@ -76,8 +79,16 @@ def decode_kernel(
     codes_ptr += member.to(tl.int64) * channels * depth
     sums = tl.zeros([BLOCK_CHANNELS], tl.int32)
     for tile in range(tl.cdiv(depth, BLOCK_DEPTH)):
-        codes = _weights(packed_ptr, row, tile, depth, BITS, DEPTH_ALIGNED, EVEN, BLOCK_DEPTH)
         k = tile * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+        if PAD:
+            tap, in_channel = k // depth_per_tap, k % depth_per_tap
+            taps, in_channels = depth // depth_per_tap, depth_per_tap - PAD
+            packed_at = row[:, None] * (taps * in_channels).to(row.dtype)
+            packed_at += (tap * in_channels + in_channel)[None, :].to(row.dtype)
+            mask = ((in_channel < in_channels) & (k < depth))[None, :]
+            codes = signed(load_codes(packed_ptr, packed_at, mask, BITS), BITS)
+        else:
+            codes = _weights(packed_ptr, row, tile, depth, BITS, DEPTH_ALIGNED, EVEN, BLOCK_DEPTH)
         at = row[:, None] * depth.to(row.dtype) + k[None, :].to(row.dtype)
         mask = (channel < channels)[:, None] & (k < depth)[None, :]
         tl.store(codes_ptr + at, codes.to(codes_ptr.dtype.element_ty), mask)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..ops.geometry import Geometry
 from ..ops.packed_conv2d import output_shape
@@ -15,6 +16,8 @@ from .depthwise import depthwise_kernel
 from .implicit_gemm import conv_kernel, decode_kernel, fold_kernel
 from .launch import launch_of, on_device_of
 from .packed_epilogue import Epilogue
+
+WORD = 4  # input channels that are loaded at a time, at least: odd ones are padded with zeros
 
 _TL = {
     torch.float32: tl.float32,
@@ -104,12 +107,15 @@ def _implicit_gemm(
     images, channels, out_height, out_width = epilogue.out.shape
     members, groups = packed.shape[0], geometry.groups
     pixels = images // members * out_height * out_width
+    pad = -x.shape[1] % WORD if groups == 1 else 0
+    if pad:
+        x = F.pad(x, (0, 0, 0, 0, 0, pad)).contiguous(memory_format=torch.channels_last)
     depth_per_tap = x.shape[1] // groups
     depth = depth_per_tap * math.prod(geometry.kernel)
     product = _product_of(x)
     dot = _TL[product]
     depth_aligned = math.gcd(32, depth)
-    if depth_aligned >= 4:
+    if depth_aligned >= WORD and not pad:
         packed = packed.view(-1).view(torch.int32)
     x_member = 0 if shared else x.numel() // members
     sizes = (pixels, channels, depth, depth_per_tap, x.shape[1], *x.shape[2:], out_height, out_width)
@@ -137,10 +143,10 @@ def _implicit_gemm(
             sums = torch.float32 if product.is_floating_point else torch.int32
             partials = x.new_empty(splits, members, pixels, channels, dtype=sums)
         codes, code_sums, code_bits = packed, None, bits
-        if tile.decoded:
+        if tile.decoded or pad:
             codes, code_bits = packed.new_empty(members, channels, depth, dtype=product), None
             code_sums = packed.new_empty(members, channels, dtype=torch.int32) if x.dtype == torch.uint8 else None
-            _decode(packed, bits, codes, code_sums)
+            _decode(packed, bits, codes, code_sums, depth_per_tap, pad)
         tiles = (channel_tiles, pixel_tiles, groups, walked, codes.numel() // members, x_member)
         conv_kernel[(channel_tiles * pixel_tiles * groups * members, splits)](
             *(x, codes, code_sums, partials, epilogue, *tiles, *sizes, *window),
@@ -162,8 +168,11 @@ def _implicit_gemm(
     launch(tuning.tile_of(bucket, x.device, launch))
 
 
-def _decode(packed: Tensor, bits: int, codes: Tensor, sums: Tensor | None) -> None:
-    """The first launch of a tile that wants its codes decoded: fills codes [members, channels, depth], and sums."""
+def _decode(packed: Tensor, bits: int, codes: Tensor, sums: Tensor | None, depth_per_tap: int, pad: int) -> None:
+    """The launch before one that wants its codes decoded: fills codes [members, channels, depth], and their sums.
+
+    pad: of each depth_per_tap codes so many are 0, and are not packed.
+    """
     members, channels, depth = codes.shape
     launch = launch_of("decode", codes)
     block_depth = min(triton.next_power_of_2(depth), launch.block)
@@ -174,8 +183,10 @@ def _decode(packed: Tensor, bits: int, codes: Tensor, sums: Tensor | None) -> No
         sums,
         channels,
         depth,
+        depth_per_tap,
         packed.numel() // members,
         BITS=bits,
+        PAD=pad,
         DEPTH_ALIGNED=math.gcd(32, depth),
         EVEN=depth % block_depth == 0,
         WIDE=channels * depth + launch.block >= 2**31,

@@ -139,7 +139,8 @@ def candidates(bucket: Bucket, device: torch.device) -> list[Tile]:
 
 def milliseconds(run: Callable[[], object]) -> float:
     """That a launch takes."""
-    return triton.testing.do_bench(run, warmup=2, rep=6, return_mode="median")
+    # In a graph: beside a short kernel its launch from Python takes longer, the more so where there are two.
+    return triton.testing.do_bench_cudagraph(run, rep=2, return_mode="median")
 
 
 def fastest(bucket: Bucket, device: torch.device, run: Callable[[Tile], object]) -> Tile:
