@@ -93,11 +93,12 @@ def enter_floats(contest: Contest, floats: list[nn.Module], images: Tensor) -> N
 def enter_packed(contest: Contest, quantized: list[nn.Module], images: Tensor) -> None:
     expected = peers.in_turn(quantized)(images)
     dtypes = [torch.float32] if contest.device == "cpu" else [torch.float16, torch.float32]
+    ensemble = qk.PackedEnsemble.from_models(quantized)
     for dtype in dtypes:
         name = "packed, weight-only" + (f", {dtype_name(dtype)}" if contest.device == "cuda" else "")
         x = images.to(dtype, memory_format=torch.channels_last)
-        contest.ours(name, on(qk.PackedEnsemble.from_models(quantized), x), expected, ROUNDING[contest.device])
-    integer = qk.PackedEnsemble.from_models(quantized)
+        contest.ours(name, on(ensemble, x), expected, ROUNDING[contest.device])
+    integer = copy.deepcopy(ensemble)
     integer.to_integer_([images[:2]], float_dtype=dtypes[0])
     x = images.to(dtypes[0], memory_format=torch.channels_last)
     contest.ours("packed, integer", on(integer, x), expected, INTEGER_ERROR)

@@ -58,10 +58,15 @@ QK_INLINE float round_half_even(float v) {
 #endif
 }
 
-// NaN passes through both comparisons.
+// NaN passes.
 QK_INLINE float clamp(float v, float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, %1; min.NaN.f32 %0, %0, %2;" : "+f"(v) : "f"(low), "f"(high));
+  return v;
+#else
   v = v < low ? low : v;
   return v > high ? high : v;
+#endif
 }
 
 // One quantizer: a valid scale, an offset (0 for none) and a range of codes.
@@ -79,8 +84,8 @@ struct Gradient {
 };
 
 // AtenEdge decides "inside the range" after rounding, as PyTorch's own learnable op does, instead of before.
-template <bool AtenEdge>
-QK_INLINE Gradient gradient(const Quantizer& q, float x, float upstream) {
+template <bool AtenEdge, typename Q>
+QK_INLINE Gradient gradient(const Q& q, float x, float upstream) {
   const float v = q.grid(x);
   const float edge = AtenEdge ? round_half_even(v) : v;
   const bool inside = edge >= q.qmin && edge <= q.qmax;

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "../numerics.h"
+#include "fast_quantizer.cuh"
 #include "launch.cuh"
 #include "vector_access.cuh"
 

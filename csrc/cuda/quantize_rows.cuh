@@ -37,7 +37,7 @@ __global__ __launch_bounds__(kThreads) void forward_rows(const __grid_constant__
   const Layer& layer = layers.at[l];
   const Unit unit = find_unit(layer.rows, blockIdx.x - layers.first_block[l]);
   if (!unit.any()) return;
-  const Quantizer q = layer.quantizer(unit.channel);
+  const FastQuantizer q(layer.quantizer(unit.channel));
   walk_rows<kWidth<X, Y>, kForwardVectors>(
       layer.rows, unit, layer.aligned, [&]<int kVectors, bool kWhole>(int64_t first, int64_t step, const Span& row) {
         quantize_vectors<kVectors, kWhole, X, Y>(layer, first, step, row, [&](int) { return q; });
@@ -53,15 +53,24 @@ __global__ __launch_bounds__(kThreads, 3) void backward_rows(const __grid_consta
   const Layer& layer = layers.at[l];
   const Unit unit = find_unit(layer.rows, blockIdx.x - layers.first_block[l]);
   const Quantizer q = unit.any() ? layer.quantizer(unit.channel) : Quantizer{};
-  float sums[kSums > 0 ? kSums : 1] = {};
-  walk_rows<kWidth<X, G>, kBackwardVectors>(
-      layer.rows, unit, layer.aligned, [&]<int kVectors, bool kWhole>(int64_t first, int64_t step, const Span& row) {
-        gradient_vectors<kVectors, kWhole, X, G, kAtenEdge>(
-            layer, first, step, row, [&](int) { return q; }, [&](int, const Gradient& g) {
-              if constexpr (kSums > 0) sums[0] += g.scale;
-              if constexpr (kSums > 1) sums[1] += g.offset;
-            });
-      });
+  float sums[kSums > 0 ? kSums : 1];
+  // At once: the vectors whose loads are in flight together.
+  const auto walk = [&]<int kAtOnce>(const auto& by) {
+    for (float& sum : sums) sum = 0.0f;
+    walk_rows<kWidth<X, G>, kBackwardVectors>(
+        layer.rows, unit, layer.aligned, [&]<int kVectors, bool kWhole>(int64_t first, int64_t step, const Span& row) {
+#pragma unroll 1
+          for (int v = 0; v < kVectors; v += kAtOnce)
+            gradient_vectors<kVectors < kAtOnce ? kVectors : kAtOnce, kWhole, X, G, kAtenEdge>(
+                layer, first + v * step, step, row, [&](int) -> decltype(by) { return by; }, [&](int, const Gradient& g) {
+                  if constexpr (kSums > 0) sums[0] += g.scale;
+                  if constexpr (kSums > 1) sums[1] += g.offset;
+                });
+        });
+  };
+  const FastQuantizer fast(q);
+  walk.template operator()<kBackwardVectors>(fast);
+  if (fast.met_rare()) walk.template operator()<1>(q);  // once more, exactly
   if constexpr (kSums > 0) {
     group_sum(sums, layer.rows.group());
     if (unit.any() && layer.rows.lane() == 0)

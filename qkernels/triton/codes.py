@@ -64,10 +64,10 @@ def signed(codes, BITS: tl.constexpr):
 
 
 @triton.jit
-def rounded(v, qmin, qmax):
-    """The code of v as int32; NaN, which no integer can hold, becomes 0 clamped into the range."""
-    code = numerics.code(v, qmin, qmax)
-    return tl.where(code == code, code, numerics.code(0.0, qmin, qmax)).to(tl.int32)
+def quantized(v, scale, qmin, qmax):
+    """The code of v as int32; that of NaN, which no integer can hold, is 0 clamped into the range."""
+    v = numerics.quotient(v, scale, None, qmin, qmax)
+    return numerics.rounded_to_int32(tl.where(v == v, v, numerics.code(0.0, qmin, qmax)))
 
 
 @triton.jit

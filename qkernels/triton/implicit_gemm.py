@@ -173,9 +173,10 @@ def conv_kernel(
 
     pixels: of a member's output, images included; channels: of all groups; walked: tiles of depth a program; x_member,
     packed_member: elements from one member's x and packed codes to the next; BITS: None where `packed_ptr` and
-    `code_sums_ptr` have what `decode_kernel` wrote; DOT: the type of the product, int8 for codes; PADDED: some taps fall outside the image; ONE_TAP: no tile of depth has two of them; EVEN: BLOCK_DEPTH
-    divides depth; WIDE: offsets need 64 bits. ALIGNED: powers of two that divide the depth (where 4 does, packed is
-    int32), the input channels of a group, and its output channels.
+    `code_sums_ptr` have what `decode_kernel` wrote; DOT: the type of the product, int8 for codes; PADDED: some taps
+    fall outside the image; ONE_TAP: no tile of depth has two of them; EVEN: BLOCK_DEPTH divides depth; WIDE: offsets
+    need 64 bits. ALIGNED: powers of two that divide the depth (where 4 does, packed is int32), the input channels of a
+    group, and its output channels.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     # These change nothing, but tell the compiler how wide its accesses may be.

@@ -113,7 +113,6 @@ def _implicit_gemm(
     depth_per_tap = x.shape[1] // groups
     depth = depth_per_tap * math.prod(geometry.kernel)
     product = _product_of(x)
-    dot = _TL[product]
     depth_aligned = math.gcd(32, depth)
     if depth_aligned >= WORD and not pad:
         packed = packed.view(-1).view(torch.int32)
@@ -123,7 +122,7 @@ def _implicit_gemm(
     largest = max(x.numel() // (1 if shared else members), pixels * channels, channels * depth)
     constants = {
         "ACTIVATION": activation,
-        "DOT": dot,
+        "DOT": _TL[product],
         "KERNEL_H": geometry.kernel[0],
         "KERNEL_W": geometry.kernel[1],
         "PADDED": any(geometry.padding),
@@ -136,22 +135,22 @@ def _implicit_gemm(
     def launch(tile: tuning.Tile) -> None:
         channel_tiles = triton.cdiv(channels // groups, tile.channels)
         pixel_tiles = triton.cdiv(pixels, tile.pixels)
-        walked = max(1, triton.cdiv(triton.cdiv(depth, tile.depth), tile.splits))
-        splits = max(1, triton.cdiv(triton.cdiv(depth, tile.depth), walked))
+        depth_tiles = max(1, triton.cdiv(depth, tile.depth))
+        walked = triton.cdiv(depth_tiles, tile.splits)
+        splits = triton.cdiv(depth_tiles, walked)
         partials = None
         if splits > 1:
             sums = torch.float32 if product.is_floating_point else torch.int32
             partials = x.new_empty(splits, members, pixels, channels, dtype=sums)
-        codes, code_sums, code_bits = packed, None, bits
-        if tile.decoded or pad:
-            codes, code_bits = packed.new_empty(members, channels, depth, dtype=product), None
-            code_sums = packed.new_empty(members, channels, dtype=torch.int32) if x.dtype == torch.uint8 else None
-            _decode(packed, bits, codes, code_sums, depth_per_tap, pad)
+        codes, code_sums = packed, None
+        if decoded := tile.decoded or pad > 0:
+            shape = (members, channels, depth // depth_per_tap, depth_per_tap)
+            codes, code_sums = _decoded(packed, bits, shape, pad, product, x.dtype == torch.uint8)
         tiles = (channel_tiles, pixel_tiles, groups, walked, codes.numel() // members, x_member)
         conv_kernel[(channel_tiles * pixel_tiles * groups * members, splits)](
             *(x, codes, code_sums, partials, epilogue, *tiles, *sizes, *window),
             **constants,
-            BITS=code_bits,
+            BITS=None if decoded else bits,
             ONE_TAP=depth_per_tap % tile.depth == 0,
             EVEN=depth % tile.depth == 0,
             WIDE=largest + tile.depth * tile.channels >= 2**31,
@@ -164,27 +163,26 @@ def _implicit_gemm(
         if partials is not None:
             _fold(partials, epilogue, activation, constants["OUT_ALIGNED"])
 
-    bucket = tuning.Bucket.of(dot.name, channels // groups, pixels, depth, depth_per_tap, members * groups)
+    bucket = tuning.Bucket.of(_TL[product].name, channels // groups, pixels, depth, depth_per_tap, members * groups)
     launch(tuning.tile_of(bucket, x.device, launch))
 
 
-def _decode(packed: Tensor, bits: int, codes: Tensor, sums: Tensor | None, depth_per_tap: int, pad: int) -> None:
-    """The launch before one that wants its codes decoded: fills codes [members, channels, depth], and their sums.
+def _decoded(
+    packed: Tensor, bits: int, shape: tuple[int, int, int, int], pad: int, dtype: torch.dtype, with_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What a convolution of decoded codes reads: codes [members, channels, taps, depth_per_tap], and their sums.
 
-    pad: of each depth_per_tap codes so many are 0, and are not packed.
+    pad: so many of a tap's codes are not packed, and 0. The sums are int32 [members, channels], where they are wanted.
     """
-    members, channels, depth = codes.shape
+    members, channels, taps, depth_per_tap = shape
+    depth = taps * depth_per_tap
+    codes = packed.new_empty(shape, dtype=dtype)
+    sums = packed.new_empty(shape[:2], dtype=torch.int32) if with_sums else None
     launch = launch_of("decode", codes)
     block_depth = min(triton.next_power_of_2(depth), launch.block)
     block_channels = launch.block // block_depth
     decode_kernel[(triton.cdiv(channels, block_channels), members)](
-        packed,
-        codes,
-        sums,
-        channels,
-        depth,
-        depth_per_tap,
-        packed.numel() // members,
+        *(packed, codes, sums, channels, depth, depth_per_tap, packed.numel() // members),
         BITS=bits,
         PAD=pad,
         DEPTH_ALIGNED=math.gcd(32, depth),
@@ -194,6 +192,7 @@ def _decode(packed: Tensor, bits: int, codes: Tensor, sums: Tensor | None, depth
         BLOCK_DEPTH=block_depth,
         num_warps=launch.num_warps,
     )
+    return codes, sums
 
 
 def _fold(partials: Tensor, epilogue: Epilogue, activation: str, out_aligned: int) -> None:

@@ -49,10 +49,10 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 @triton.jit
 def activated(v, ACTIVATION: tl.constexpr):
     """NaN passes, as it does in PyTorch."""
-    if ACTIVATION == "relu" or ACTIVATION == "relu6":
-        v = tl.where(v < 0.0, 0.0, v)
-        if ACTIVATION == "relu6":
-            v = tl.where(v > 6.0, 6.0, v)
+    if ACTIVATION == "relu":
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "relu6":
+        v = tl.clamp(v, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
         v = tl.div_rn(v, 1.0 + tl.exp(-v))
     else:
@@ -83,5 +83,5 @@ def finish(sums, member, pixel, channel, mask, epilogue, pixels, channels, ACTIV
     v = activated(v, ACTIVATION)
     if epilogue.out_scale is not None:
         out_scale = numerics.valid_scale(tl.load(epilogue.out_scale + member))
-        v = codes.rounded(numerics.grid(v, out_scale, None), epilogue.qmin, epilogue.qmax)
+        v = codes.quantized(v, out_scale, epilogue.qmin, epilogue.qmax)
     tl.store(epilogue.out + first + at, v.to(epilogue.out.dtype.element_ty), mask)

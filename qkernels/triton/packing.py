@@ -95,7 +95,7 @@ def _quantize_kernel(
     at = k[:, None] * kept_stride + s[None, :] * summed_stride
     mask = (k < kept)[:, None] & (s < summed)[None, :]
     x = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
-    code = packed_codes.rounded(numerics.grid(x, scale, None), qmin, qmax)
+    code = packed_codes.quantized(x, scale, qmin, qmax)
     tl.store(codes_ptr + at, code.to(codes_ptr.dtype.element_ty), mask)
 
 

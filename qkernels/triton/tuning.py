@@ -167,7 +167,13 @@ def read_tiles(file: Path) -> dict[str, Tile]:
         tiles = {str(key): Tile(**entry) for key, entry in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {key: tile for key, tile in tiles.items() if all(type(n) is int and n > 0 for n in tile)}
+    return {key: tile for key, tile in tiles.items() if _is_valid(tile)}
+
+
+def _is_valid(tile: Tile) -> bool:
+    """Whether a file's numbers are ones."""
+    *sizes, decoded = tile
+    return all(type(n) is int and n > 0 for n in sizes) and type(decoded) is bool
 
 
 def write_tiles(file: Path, tiles: dict[str, Tile]) -> None:

@@ -235,24 +235,39 @@ def test_aten_edge_between_neighboring_floats(qmin, qmax):
     np.testing.assert_array_equal(numpy32(grad_x), inside.astype(np.float32))
 
 
-def test_division_is_ieee():
+def near_ties(rng: np.random.Generator, qmin: int, qmax: int) -> tuple[np.ndarray, np.ndarray]:
+    """x [64, n] and scales [64] of every magnitude: ties, ends of the range and their neighbors, and what is tiny."""
+    exponent = np.concatenate([np.arange(-149, 106, 5), np.full(13, -4)])
+    scale = np.ldexp(rng.uniform(1, 2, 64), exponent).astype(np.float32)
+    codes = np.concatenate([rng.integers(qmin, qmax, (64, 40)) + 0.5, np.full((64, 2), (qmin, qmax))], 1)
+    with np.errstate(over="ignore"):
+        ties = (codes * scale[:, None]).astype(np.float32)
+    ends = np.float32([np.inf, -np.inf, 3e38, 0, -0.0, 1e-45, -1e-45, -1e-40, 1e-33, -2e-31, 7e-31, -3e-30])
+    to = np.float32([-np.inf, np.inf])
+    x = np.concatenate([ties, *(np.nextafter(ties, t) for t in to), np.broadcast_to(ends, (64, len(ends)))], 1)
+    return x, scale
+
+
+@pytest.mark.parametrize("qmin, qmax", [(-64, 63), (0, 255), (-3, 0), (0, 2**22), (-(2**22), 2**22)])
+def test_division_is_ieee(qmin, qmax):
     """Quotients that a multiplication by the reciprocal, or an approximate division, sends to another code."""
-    rng = np.random.default_rng(0)
-    scale = rng.uniform(0.01, 1, 64).astype(np.float32)
-    ties = (rng.integers(-40, 40, (64, 64)) + 0.5).astype(np.float32) * scale[:, None]
-    x = np.concatenate([np.nextafter(ties, np.float32(t)) for t in (-np.inf, np.inf)] + [ties], 1)
-    y = backend.fake_quantize(
-        torch.from_numpy(x).to(backend.device),
-        torch.from_numpy(scale).to(backend.device),
-        None,
-        -64,
-        63,
-        0,
-        1.0,
-        False,
-        torch.float32,
-    )
-    np.testing.assert_array_equal(numpy32(y), oracle.fake_quantize(x, scale, None, -64, 63, 0))
+    x, scale = near_ties(np.random.default_rng(0), qmin, qmax)
+    x_on, scale_on = (torch.from_numpy(t).to(backend.device) for t in (x, scale))
+    y = backend.fake_quantize(x_on, scale_on, None, qmin, qmax, 0, 1.0, False, torch.float32)
+    np.testing.assert_array_equal(numpy32(y), oracle.fake_quantize(x, scale, None, qmin, qmax, 0))
+
+
+@pytest.mark.parametrize("qmin, qmax", [(-64, 63), (0, 255), (-3, 0), (0, 2**22)])
+def test_quotients_are_ieee(qmin, qmax):
+    """Which element is inside, and the gradient of a scale that has no other element: code - quotient."""
+    x, scale = near_ties(np.random.default_rng(1), qmin, qmax)
+    scale = np.repeat(scale, x.shape[1])
+    x_on, scale_on = (torch.from_numpy(t).to(backend.device) for t in (x.reshape(-1, 1), scale))
+    grad = torch.ones_like(x_on)
+    actual = backend.fake_quantize_backward(grad, x_on, scale_on, None, qmin, qmax, 0, 1.0, False, True)
+    exact = oracle.gradients(numpy32(grad), x.reshape(-1, 1), scale, None, qmin, qmax, 0, False)
+    np.testing.assert_array_equal(numpy32(actual[0]), exact.x)
+    np.testing.assert_array_equal(numpy32(actual[1]), exact.scale.astype(np.float32))
 
 
 def test_expanded_x_and_grad():

@@ -24,7 +24,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_tuned", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU/80GB")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda run, **_: run())
+    monkeypatch.setattr(tuning.triton.testing, "do_bench_cudagraph", lambda run, **_: run())
     return tmp_path / "qkernels" / "Some-GPU-80GB.json"
 
 
@@ -61,7 +61,12 @@ def test_tiles_that_do_not_fit_are_skipped():
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{", '{"a": 1}', '{"a": [1, 2]}', '{"KEY": {"channels": 64}}', '{"KEY": {"channels": "x"}}']
+    "content",
+    [
+        *("", "[]", "{", '{"a": 1}', '{"a": [1, 2]}', '{"KEY": {"channels": 64}}', '{"KEY": {"channels": "x"}}'),
+        json.dumps({"KEY": Tile(64, 32, 64, 4, 3, decoded=2)._asdict()}),
+        json.dumps({"KEY": Tile(64, 0, 64, 4, 3)._asdict()}),
+    ],
 )
 def test_a_corrupt_file_is_rewritten(device, content):
     device.parent.mkdir()
