@@ -55,6 +55,7 @@ __global__ __launch_bounds__(kThreads) void fold_kernel(
   const int64_t channel = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) >> log2_group;
   double sum[1] = {0.0};
   if (channel < fold.channels)
+#pragma unroll 8  // so many loads in flight
     for (int64_t i = lane; i < fold.count; i += group)
       sum[0] += static_cast<double>(fold.partials[channel * fold.count + i]);
   group_sum(sum, group);

@@ -17,7 +17,7 @@ from .implicit_gemm import conv_kernel, decode_kernel, fold_kernel
 from .launch import launch_of, on_device_of
 from .packed_epilogue import Epilogue
 
-WORD = 4  # input channels that are loaded at a time, at least: odd ones are padded with zeros
+WORD = 4  # input channels that are loaded at a time, at least
 
 _TL = {
     torch.float32: tl.float32,
@@ -101,18 +101,25 @@ def _depthwise(
     )
 
 
+def _padded(x: Tensor, groups: int) -> tuple[Tensor, int]:
+    """x with so many channels of zeros that loads take a WORD of each pixel, where it has one group; and how many."""
+    pad = -x.shape[1] % WORD if groups == 1 else 0
+    if pad:
+        x = F.pad(x, (0, 0, 0, 0, 0, pad)).contiguous(memory_format=torch.channels_last)
+    return x, pad
+
+
 def _implicit_gemm(
     x: Tensor, packed: Tensor, epilogue: Epilogue, bits: int, geometry: Geometry, shared: bool, activation: str
 ) -> None:
     images, channels, out_height, out_width = epilogue.out.shape
     members, groups = packed.shape[0], geometry.groups
     pixels = images // members * out_height * out_width
-    pad = -x.shape[1] % WORD if groups == 1 else 0
-    if pad:
-        x = F.pad(x, (0, 0, 0, 0, 0, pad)).contiguous(memory_format=torch.channels_last)
+    x, pad = _padded(x, groups)
     depth_per_tap = x.shape[1] // groups
     depth = depth_per_tap * math.prod(geometry.kernel)
     product = _product_of(x)
+    sum_dtype = torch.float32 if product.is_floating_point else torch.int32
     depth_aligned = math.gcd(32, depth)
     if depth_aligned >= WORD and not pad:
         packed = packed.view(-1).view(torch.int32)
@@ -138,13 +145,10 @@ def _implicit_gemm(
         depth_tiles = max(1, triton.cdiv(depth, tile.depth))
         walked = triton.cdiv(depth_tiles, tile.splits)
         splits = triton.cdiv(depth_tiles, walked)
-        partials = None
-        if splits > 1:
-            sums = torch.float32 if product.is_floating_point else torch.int32
-            partials = x.new_empty(splits, members, pixels, channels, dtype=sums)
+        partials = x.new_empty(splits, members, pixels, channels, dtype=sum_dtype) if splits > 1 else None
         codes, code_sums = packed, None
         if decoded := tile.decoded or pad > 0:
-            shape = (members, channels, depth // depth_per_tap, depth_per_tap)
+            shape = (members, channels, math.prod(geometry.kernel), depth_per_tap)
             codes, code_sums = _decoded(packed, bits, shape, pad, product, x.dtype == torch.uint8)
         tiles = (channel_tiles, pixel_tiles, groups, walked, codes.numel() // members, x_member)
         conv_kernel[(channel_tiles * pixel_tiles * groups * members, splits)](

@@ -104,9 +104,9 @@ class Recorder:
 
 
 def convolve(x_dtype, in_shape, channels, kernel, stride=1, groups=1, residual=True, bits=7):
-    """Launch one layer of two members, 32 images each, 2 of 8x8 or one of 7x7; padded to the same size.
+    """Launch one layer of two members, 32 images each, or one of 7x7 or 8x8; padded to the same size.
 
-    Of 32 images the codes are decoded first, of fewer in each program.
+    Of 32 images the codes are decoded first, of one in each program.
     """
     import torch
 
@@ -114,7 +114,7 @@ def convolve(x_dtype, in_shape, channels, kernel, stride=1, groups=1, residual=T
     from qkernels.ops.packing import packed_bytes
     from qkernels.triton import packed_conv2d
 
-    n, pad = 2 * {7: 1, 8: 2}.get(in_shape[1], 32), kernel // 2
+    n, pad = 2 * {7: 1, 8: 1}.get(in_shape[1], 32), kernel // 2
     geometry = Geometry((kernel, kernel), (stride, stride), (pad,) * 4, (1, 1), groups)
     x = torch.zeros(n, *in_shape, dtype=x_dtype).to(memory_format=torch.channels_last)
     packed = torch.zeros(2, packed_bytes(channels * kernel**2 * in_shape[0] // groups, bits), dtype=torch.uint8)
