@@ -239,32 +239,39 @@ LARGER_INTERPRETED = {
 }
 
 
-@pytest.fixture(params=["rule", "decoded"])
-def larger(monkeypatch, request):
-    """name -> arguments of make_layer; in Triton with the rule's tiles, and with codes decoded first."""
-    decoded = request.param == "decoded"
+def larger(name: str) -> dict[str, Any]:
+    """Arguments of make_layer."""
+    return LARGER[name] | (LARGER_INTERPRETED[name] if backend.interpreted else {})
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """In turn, how Triton cuts a convolution: with packed codes and with decoded ones; one way in other backends."""
     if backend.name != "triton":
-        return pytest.skip("Triton's alone") if decoded else LARGER.__getitem__
+        return [None]
     from qkernels.triton import tuning
 
     rule = tuning.by_rule
 
-    def tile_of(bucket, device, _):
-        small = tuning.Tile(16, 16, 32, 4, 3, bucket.depth // 256 or 1)
-        return (small if backend.interpreted else rule(bucket, device))._replace(decoded=decoded)
+    def cut(decoded: bool) -> None:
+        def tile_of(bucket, device, _):
+            small = tuning.Tile(16, 16, 32, 4, 3, bucket.depth // 256 or 1)
+            return (small if backend.interpreted else rule(bucket, device))._replace(decoded=decoded)
 
-    monkeypatch.setattr(tuning, "tile_of", tile_of)
-    return lambda name: LARGER[name] | (LARGER_INTERPRETED[name] if backend.interpreted else {})
+        monkeypatch.setattr(tuning, "tile_of", tile_of)
+
+    return map(cut, (False, True))
 
 
 @pytest.mark.parametrize("name", LARGER)
 @pytest.mark.parametrize("shared", [False, True])
-def test_larger_convolutions(larger, name, shared):
+def test_larger_convolutions(tiles, name, shared):
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 7, 2, 2, shared=shared, activation="relu", **larger(name))
-    check_float(layer, rng, torch.float32, "channels_last", with_residual=True)
-    check_int8(layer, rng, Codes(torch.uint8, torch.uint8, torch.uint8, layout="channels_last"))
-    check_int8(layer, rng, Codes(torch.int8, None, torch.int8, (-128, 127)))
+    for _ in tiles:
+        check_float(layer, rng, torch.float32, "channels_last", with_residual=True)
+        check_int8(layer, rng, Codes(torch.uint8, torch.uint8, torch.uint8, layout="channels_last"))
+        check_int8(layer, rng, Codes(torch.int8, None, torch.int8, (-128, 127)))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -341,18 +348,19 @@ def test_silu_of_infinity():
     np.testing.assert_allclose(array(y)[:, 0, 0, 0], torch.nn.functional.silu(x), atol=1e-30)
 
 
-def test_every_element_is_written(larger, poisoned_empty):
+def test_every_element_is_written(tiles, poisoned_empty):
     rng = np.random.default_rng(0)
-    for name, shared in (("3x3", True), ("depthwise", False)):
-        layer = make_layer(rng, 5, 2, 1, shared=shared, **larger(name))
-        check_float(layer, rng, torch.float32, "contiguous")
-        check_int8(layer, rng, Codes())
+    for _ in tiles:
+        for name, shared in (("3x3", True), ("depthwise", False)):
+            layer = make_layer(rng, 5, 2, 1, shared=shared, **larger(name))
+            check_float(layer, rng, torch.float32, "contiguous")
+            check_int8(layer, rng, Codes())
     x = laid_out(rng.normal(size=(5, 7)).astype(np.float32))
     scale = laid_out(np.full(5, 0.1, np.float32))
     assert_equal(backend.quantize(x, scale, -8, 7, 0), oracle.quantize(array(x), array(scale), -8, 7, 0), torch.int8)
 
 
-def test_members_do_not_see_each_other(larger):
+def test_members_do_not_see_each_other(tiles):
     """One call of M members gives the bits of M calls."""
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 6, 3, 2, shared=False, **larger("3x3"))
@@ -379,9 +387,10 @@ def test_members_do_not_see_each_other(larger):
             torch.float32,
         )
 
-    together = conv(x, (0, 3))
-    apart = torch.cat([conv(x[2 * m : 2 * m + 2], (m, m + 1)) for m in range(3)])
-    assert torch.equal(together, apart)
+    for _ in tiles:
+        together = conv(x, (0, 3))
+        apart = torch.cat([conv(x[2 * m : 2 * m + 2], (m, m + 1)) for m in range(3)])
+        assert torch.equal(together, apart)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
