@@ -38,7 +38,7 @@ struct FastQuantizer : Quantizer {
     reciprocal = divide(1.0f, scaled);
   }
 
-  // v / scaled for |v| <= (2**22 + 1) * scaled, to the last bit but where v is_rare.
+  // v / scaled for |v| <= (2**22 + 1) * scaled, to the last bit unless v is rare: below 2**-100, but not 0.
   QK_INLINE float quotient(float v) const {
     float q = v * reciprocal;
     q = fmaf(fmaf(-q, scaled, v), reciprocal, q);
@@ -60,7 +60,7 @@ struct FastQuantizer : Quantizer {
     return quotient(clamp(v, (qmin - 1.0f) * scaled, (qmax + 1.0f) * scaled));
   }
 
-  // Whether a remainder of what went through `grid` may have had bits that float32 has not: below 2**-100, but not 0.
+  // Whether `grid` met a v whose remainders may have bits that float32 has not.
   QK_INLINE bool met_rare() const { return least < 27u << 24; }
 
  private:

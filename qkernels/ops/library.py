@@ -88,10 +88,12 @@ def call(op: str, function: Callable[..., Any], *arguments: Any) -> Any:
         run_check(op, *arguments)
     try:
         return function(*arguments)
-    except RuntimeError as error:
-        refused = error
-    run_check(op, *arguments)
-    raise refused
+    except RuntimeError:
+        try:
+            run_check(op, *arguments)
+        except (TypeError, ValueError) as error:
+            raise error from None
+        raise
 
 
 def run_check(op: str, *arguments: Any) -> None:
