@@ -1,9 +1,9 @@
 """What the ops ask of their arguments.
 
-Each check stands once, in a function that an op's user-callable and fake kernel share, so eager and compiled code give
-the same message: in eager code the former calls it, while the compiler traces the latter does (Dynamo cannot trace a
-message that speaks of tensors). Where an op is called directly the backends in Python call it too (`library.CHECKS`);
-those in C++ have the same checks in csrc/arguments.h.
+Each check stands once, so eager and compiled code give the same message. While the compiler traces the op's fake kernel
+begins with it (Dynamo cannot trace a message that speaks of tensors), in eager code the backends in Python do
+(`library.CHECKS`). Those in C++ have the same checks in csrc/arguments.h: what they refuse the function that users call
+refuses in the words of these (`library.call`).
 """
 
 import torch
