@@ -13,7 +13,7 @@ from hostile_calls import Calls
 from qkernels.backends import NOT_IN_CUDA
 from qkernels.ops.schemas import SCHEMAS
 
-CALLS = 200 if torch.cuda.is_available() else 40  # of each op
+CALLS = 200 if torch.cuda.is_available() else 25  # of each op
 COMPILED = 8  # of each op in Triton, which compiles a kernel for nearly every one
 OPS = tuple(op for op in SCHEMAS if op not in NOT_IN_CUDA)
 SHARES = [(op,) for op in OPS] if torch.cuda.is_available() else [OPS]  # a process for each where there are cores

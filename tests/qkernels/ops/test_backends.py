@@ -239,7 +239,7 @@ def near_ties(rng: np.random.Generator, qmin: int, qmax: int) -> tuple[np.ndarra
     """x [64, n] and scales [64] of every magnitude: ties, ends of the range and their neighbors, and what is tiny."""
     exponent = np.concatenate([np.arange(-149, 106, 5), np.full(13, -4)])
     scale = np.ldexp(rng.uniform(1, 2, 64), exponent).astype(np.float32)
-    codes = np.concatenate([rng.integers(qmin, qmax, (64, 40)) + 0.5, np.full((64, 2), (qmin, qmax))], 1)
+    codes = np.concatenate([rng.integers(qmin, qmax, (64, 8)) + 0.5, np.full((64, 2), (qmin, qmax))], 1)
     with np.errstate(over="ignore"):
         ties = (codes * scale[:, None]).astype(np.float32)
     ends = np.float32([np.inf, -np.inf, 3e38, 0, -0.0, 1e-45, -1e-45, -1e-40, 1e-33, -2e-31, 7e-31, -3e-30])

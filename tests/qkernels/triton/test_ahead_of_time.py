@@ -4,6 +4,7 @@ Run as a script it compiles every kernel for one architecture and prints a JSON 
 because TRITON_INTERPRET=1 in this process leaves nothing to compile.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -237,15 +238,25 @@ def compile_kernel(kernel, architecture, types, constants, by_16, **options) -> 
 
 
 def compile_elsewhere(which: str, architecture: int, tmp_path_factory) -> dict[str, dict]:
-    """What the function `which` of this file returns, in a process without the interpreter."""
+    """What the function `which` of this file returns, in a process without the interpreter: once for all of xdist's."""
     pytest.importorskip("triton")
+    base = tmp_path_factory.getbasetemp()
+    file = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{which}_{architecture}.json"
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            file.write_text(_compile_elsewhere(which, architecture, tmp_path_factory))
+        return json.loads(file.read_text())
+
+
+def _compile_elsewhere(which: str, architecture: int, tmp_path_factory) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("QKERNELS_")}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, __file__, which, str(architecture)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return run.stdout
 
 
 # .ci/run compiles for both, with the oldest Triton.
