@@ -1,5 +1,5 @@
-// The arithmetic of fake quantization, for host and device. Every C++ backend calls these functions and nothing else,
-// so what was trained is what is deployed, bit for bit. docs/numerics.md is the contract in words.
+// The arithmetic of fake quantization, for host and device. Every C++ backend calls these functions, or what gives the
+// same bits (cuda/fast_quantizer.cuh), so what was trained is what is deployed, bit for bit. docs/numerics.md is the contract in words.
 //
 // Compile without contraction of a*b+c and without fast-math (setup.py does): the contract is IEEE float32.
 #pragma once
