@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..quantize.convert import quantized_layers
+from ..quantize.layers import quantized_layers
 from ..quantize.layers import QuantizedLayer
 from ..quantize.registry import QUANTIZED_TYPES
 from . import file, loading

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..quantize.convert import quantized_layers
+from ..quantize.layers import quantized_layers
 from .stacking import pack
 
 

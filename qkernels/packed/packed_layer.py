@@ -132,7 +132,7 @@ class PackedLayer(LayerKind):
             (code_range,) = ranges
             assert code_range is not None
             self.quantize_input_(
-                torch.stack([positive_scale(layer.act_scale.detach()) for layer in layers]), code_range
+                torch.stack([positive_scale(layer.act_scale.detach()).squeeze(0) for layer in layers]), code_range
             )
         return self
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..quantize.layers import QConv2d, QLinear, QuantizedLayer
+from ..quantize.layers import QuantizedLayer
 from ..quantize.registry import PACKED_FORMS
+from ..quantize.torch_layers import QConv2d, QLinear
 from .float_layers import Repeat, StackedConstant, StackedConv2d, StackedLinear, StackedNorm
 from .kinds import LayerKind
 from .layers import PackedConv2d, PackedLinear
