@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..quantize.layers import quantized_layers
-from ..quantize.layers import QuantizedLayer
+from ..quantize.layers import QuantizedLayer, quantized_layers
 from ..quantize.registry import QUANTIZED_TYPES
 from . import file, loading
 from .file import Contents, nbytes_of, works_on_integers

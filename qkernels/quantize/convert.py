@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .config import QConfig, layer_config
 from .described import from_tensor, quantizers
@@ -158,7 +159,7 @@ def _first_and_last(modules: dict[str, nn.Module]) -> tuple[str | None, list[str
     for name, module in modules.items():
         kind = quantized_type(module)
         weight = module._parameters.get("weight" if kind is None else kind.weight_name)
-        if name and weight is not None and not nn.parameter.is_lazy(weight) and weight.dim() >= 2:
+        if name and weight is not None and not is_lazy(weight) and weight.dim() >= 2:
             weights[name] = weight.shape
     if not weights:
         return None, []
@@ -238,7 +239,9 @@ def _quantized(name: str, module: nn.Module, own: Quantizers, enabled: bool) -> 
     assert latent is not None
     if latent.dtype not in FLOATS:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise ValueError(f"quantize_: {name} has a weight of {latent.dtype}; quantized are {dtypes}: call model.float()")
+        raise ValueError(
+            f"quantize_: {name} has a weight of {latent.dtype}; quantized are {dtypes}: call model.float()"
+        )
     new = not isinstance(module, QuantizedLayer)
     # Changing the class keeps the module's identity: names, hooks, Parameters and other references to it.
     module.__class__ = kind

@@ -67,6 +67,7 @@ class QuantizedLayer(nn.Module):
     act_scale: nn.Parameter
     act_signed: Tensor
     act_range: tuple[int, int] | None
+    act_start: Tensor | None  # in the forward in which it started, the scale that it starts from
     enabled: bool
     started: bool  # whether it has ever been enabled: until then its scales are placeholders
     in_forward: bool  # whether its own forward runs, so that what is read is not for others
@@ -85,18 +86,22 @@ class QuantizedLayer(nn.Module):
         self.quantize_input_(act_quantizer)
         self.enabled = self.started = True
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The float type's, of the quantized input; it finds the quantized weight where it looks for its weight."""
-        if isinstance(input, fx.Proxy):  # torch.fx traces: the layer is one node
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
-        x = self.quantized_input(input)
+        traced = next((value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)), None)
+        if traced is not None:  # torch.fx traces: the layer is one node
+            tracer: Any = traced.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        if args:
+            args = (self.quantized_input(args[0]), *args[1:])
+        elif (name := "input" if "input" in kwargs else "x") in kwargs:
+            kwargs[name] = self.quantized_input(kwargs[name])
         if torch.compiler.is_compiling():
-            return super().forward(x, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         own = self.__dict__
         own["in_forward"] = True
         try:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             own["in_forward"] = False
 
@@ -155,18 +160,18 @@ class QuantizedLayer(nn.Module):
         weight = self.float_weight()
         if not self.enabled:
             return weight
+        if isinstance(self.weight_quantizer, INQ):
+            weight = torch.where(self.weight_frozen.isinf(), weight, self.weight_frozen)
+            return weight.to(multiply_dtype(weight))
         if self._is_recomputed():
             with torch.no_grad():
                 weight = self.weight_quantizer(weight, positive_scale(self.weight_scale), multiply_dtype(weight))
             return weight.requires_grad_()
-        if isinstance(self.weight_quantizer, INQ):
-            weight = torch.where(self.weight_frozen.isinf(), weight, self.weight_frozen)
-            return weight.to(multiply_dtype(weight))
         return self.weight_quantizer(weight, positive_scale(self.weight_scale), multiply_dtype(weight))
 
-    # Activation checkpointing computes a forward again in the backward pass, when what was fused is gone. It wants to find
-    # as many tensors saved for the backward as before, and uses none but their values: so weight and scale are then leaves.
-    # (Unless it is the reentrant kind, whose first forward records no gradient and whose second one does.)
+    # Activation checkpointing computes a forward again in the backward pass, when what was fused is gone. It wants to
+    # find as many tensors saved as before, and uses none but their values: so weight and scale are then leaves. (Unless
+    # it is the reentrant kind, whose first forward records no gradient and whose second one does.)
 
     def _note_fused(self) -> None:
         if not torch.compiler.is_compiling():
@@ -186,7 +191,7 @@ class QuantizedLayer(nn.Module):
         """Begin to quantize the input with `quantizer`, from the next training batch on; None leaves it float."""
         self.act_quantizer = quantizer if self.quantizes_input else None
         self.act_range = None
-        self.fused_act_scale = None
+        self.act_start = self.fused_act_scale = None
         self.weight_was_read = False
         if self.act_quantizer is None:
             self._drop("act_scale", "act_signed")
@@ -250,6 +255,7 @@ class QuantizedLayer(nn.Module):
         if self.act_quantizer is not None and self.act_range is None:
             self.act_signed.fill_(signed)
             fill_(self.act_scale, scale)
+            self.act_start = scale
             self._follow_act_signed()
         for copied in _WAITING_COPIES.pop(self, ()):
             copied._set_act_scale(signed, scale)
@@ -291,7 +297,7 @@ class QuantizedLayer(nn.Module):
     def forget_(self) -> None:
         """Become the float type, in place, with the latent weight."""
         self._drop("weight_scale", "weight_frozen", "weight_quantizer", "fused_weight")
-        self._drop("act_scale", "act_signed", "act_quantizer", "act_range", "fused_act_scale")
+        self._drop("act_scale", "act_signed", "act_quantizer", "act_range", "act_start", "fused_act_scale")
         self._drop("weight_was_read", "fused_before", "in_forward", "enabled", "started")
         self.__class__ = self.float_type  # type: ignore[assignment]
 

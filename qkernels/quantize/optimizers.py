@@ -89,7 +89,9 @@ def add_scales_(
         for scheduled in _flat(schedulers):
             if scheduled.optimizer is opt:
                 _add_group_(scheduled, ratio)
-        rates = {key: first[key] * ratio for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in first}
+        rates: dict[str, Any] = {
+            key: first[key] * ratio for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in first
+        }
         others = {key: value for key, value in first.items() if key not in ("params", "param_names")}
         opt.add_param_group({**others, **rates, "params": new[id(opt)], "weight_decay": 0.0})
     return sum(map(len, new.values()))
@@ -115,7 +117,9 @@ def _check_schedulers(optimizer: torch.optim.Optimizer, schedulers: list[Any]) -
     instead = "or call quantize_(model, config, enabled=False) before all of them are made, and enable_ now"
     own = [s for s in _flat(schedulers) if getattr(s, "optimizer", None) is optimizer]
     if "initial_lr" in optimizer.param_groups[0] and not own:
-        raise ValueError(f"add_scales_: the optimizer has a scheduler of learning rates: pass it as scheduler=, {instead}")
+        raise ValueError(
+            f"add_scales_: the optimizer has a scheduler of learning rates: pass it as scheduler=, {instead}"
+        )
     known = {getattr(torch.optim.lr_scheduler, name) for name in _SCHEDULERS}
     for scheduled in _flat(schedulers):
         if type(scheduled) not in known:

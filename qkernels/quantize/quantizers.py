@@ -133,7 +133,7 @@ class INQ:
     def init_scale(self, weight: Tensor) -> Tensor:
         """2^n1, [C] or [1], in the dtype of `weight`; 1 where all weights are 0."""
         magnitude = weight.detach().abs()
-        by_scale = magnitude.view(1, -1) if self.axis is None else magnitude.movedim(self.axis, 0).flatten(1)
+        by_scale = magnitude.reshape(1, -1) if self.axis is None else magnitude.movedim(self.axis, 0).flatten(1)
         largest = by_scale.amax(1)
         return torch.where(largest > 0, nearest_power_of_two(largest), 1)
 

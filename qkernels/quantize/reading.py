@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import is_sharded
+
 WeightReader = Callable[[Any], Any]  # from a quantized layer to what stands for its weight
 _READERS: list[WeightReader] = []
 
@@ -125,13 +127,14 @@ class ReadWeight:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, layer: nn.Module | None, owner: type | None = None) -> Any:
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
         if layer is None:
             return self
         own = layer.__dict__["_parameters"]
         latent, scale = own.get(self.name), own.get("weight_scale")
         nothing_yet = latent is None or latent.is_meta or scale is None or scale.is_meta
-        if nothing_yet or not layer.__dict__.get("enabled", False):
+        # FSDP's parts of a weight multiply nothing either.
+        if nothing_yet or is_sharded(latent) or not layer.__dict__.get("enabled", False):
             return nn.Module.__getattr__(layer, self.name)
         try:
             return layer.quantized_weight() if layer.__dict__["in_forward"] else weight_as_read(layer)

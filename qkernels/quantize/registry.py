@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .layers import QuantizedLayer
@@ -62,12 +63,12 @@ def why_float(module: nn.Module) -> str | None:
     """Why a module that has a matrix or a kernel cannot be quantized; None if it can, or has none."""
     kind = quantized_type(module)
     name = type(module).__name__
-    if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
+    if any(p is not None and is_lazy(p) for p in module._parameters.values()):
         return f"{name} does not know its size yet: run a batch through the model first"
     if parametrize.is_parametrized(module):
         bases = [base.__name__ for base in QUANTIZED_TYPES if isinstance(module, base)]
         if bases:
-            return f"its weight is computed from others: torch.nn.utils.parametrize.remove_parametrizations it first"
+            return "its weight is computed from others: torch.nn.utils.parametrize.remove_parametrizations it first"
     if kind is not None:
         weight = module._parameters.get(kind.weight_name)
         if weight is not None:

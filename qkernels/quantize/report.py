@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..ops.packing import packed_bytes
 from .layers import quantized_layers
@@ -81,12 +82,13 @@ def reported(model: nn.Module) -> Iterator[LayerReport]:
 def shares(model: nn.Module, names: list[str]) -> dict[str, float]:
     """Share in 0..1 of a model's parameters that the largest tensor of each of these modules is; scales aside."""
     scales = {id(t) for _, m in quantized_layers(model) for t in (m.weight_scale, getattr(m, "act_scale", None))}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in scales)
-    sizes = {}
-    for name in names:
-        own = model.get_submodule(name)._parameters.values()
-        sizes[name] = max(p.numel() for p in own if p is not None and id(p) not in scales)
-    return {name: size / max(total, 1) for name, size in sizes.items()}
+
+    def size(p: Tensor | None) -> int:
+        return 0 if p is None or id(p) in scales or is_lazy(p) else p.numel()
+
+    total = sum(map(size, model.parameters()))
+    largest = {name: max(map(size, model.get_submodule(name)._parameters.values())) for name in names}
+    return {name: n / max(total, 1) for name, n in largest.items()}
 
 
 def packed_nbytes(model: nn.Module) -> int:
@@ -95,7 +97,7 @@ def packed_nbytes(model: nn.Module) -> int:
     The bookkeeping of INQ, which its weights no longer need when all are frozen, does not count.
     """
     bits = {id(layer.latent_weight): layer.weight_quantizer.bits for _, layer in quantized_layers(model)}
-    tensors: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    tensors: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()] if not is_lazy(t)}
     for _, layer in quantized_layers(model):
         if isinstance(layer.weight_quantizer, INQ):
             del tensors[id(layer.weight_frozen)]

@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -25,3 +25,16 @@ def fill_(t: Tensor, value: Tensor) -> None:
 
         value = distribute_tensor(value.to(t.dtype), t.device_mesh, t.placements)  # type: ignore[attr-defined]
     t.copy_(value)
+
+
+def reshard_(model: nn.Module) -> bool:
+    """Let FSDP2 put Parameters back that it has collected for a forward: what is written into those would be lost.
+
+    Returns:
+        Whether there are any of its modules.
+    """
+    library = sys.modules.get("torch.distributed.fsdp")
+    sharded = [m for m in model.modules() if library is not None and isinstance(m, library.FSDPModule)]
+    for module in sharded:
+        module.reshard()
+    return bool(sharded)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .layers import QuantizedLayer, quantized_layers
+from .sharding import fill_, reshard_
 
 
 def enable_(model: nn.Module) -> nn.Module:
@@ -18,7 +19,9 @@ def enable_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: for a model without quantized layers.
     """
-    for layer in _layers(model, "enable_"):
+    layers = _layers(model, "enable_")
+    reshard_(model)
+    for layer in layers:
         layer.enable_()
     watch_inputs_(model)
     return model
@@ -44,18 +47,21 @@ def _layers(model: nn.Module, caller: str) -> list[QuantizedLayer]:
 
 def watch_inputs_(model: nn.Module) -> None:
     """See to it that no layer's input is quantized in name only: some weights are read by code that calls no layer."""
-    if any(layer.act_quantizer is not None and layer.act_range is None for _, layer in quantized_layers(model)):
-        if _passed_by not in model._forward_hooks.values():
-            model.register_forward_hook(_passed_by)
+    waits = any(layer.act_quantizer is not None and layer.act_range is None for _, layer in quantized_layers(model))
+    if waits and _passed_by not in model._forward_hooks.values():
+        model.register_forward_hook(_passed_by)
 
 
 def _passed_by(model: nn.Module, args: Any, output: Any) -> None:
-    """After a training batch: inputs of layers that were not called, but whose weights were read, are float."""
-    waiting = [
-        (name, layer)
-        for name, layer in quantized_layers(model)
-        if layer.act_quantizer is not None and layer.act_range is None
-    ]
+    """After a forward: inputs of layers that were not called, but whose weights were read, are float."""
+    layers = [(name, layer) for name, layer in quantized_layers(model) if layer.act_quantizer is not None]
+    if any(layer.act_start is not None for _, layer in layers) and reshard_(model):
+        for _, layer in layers:
+            if layer.act_start is not None:
+                fill_(layer.act_scale, layer.act_start)  # which was written to what FSDP had collected
+    for _, layer in layers:
+        layer.act_start = None
+    waiting = [(name, layer) for name, layer in layers if layer.act_range is None]
     read = [(name, layer) for name, layer in waiting if layer.weight_was_read]
     if model.training and read:
         warnings.warn(

@@ -1,6 +1,6 @@
 """Quantized counterparts of timm's convolutions and linear layers; loaded when a model may have them."""
 
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import (
     Conv2dSame,
@@ -43,11 +43,11 @@ class QStandardized(QuantizedLayer):
         rows = latent.reshape(1, layer.out_channels, -1)
         return F.batch_norm(rows, None, None, gain, training=True, momentum=0.0, eps=layer.eps).reshape_as(latent)
 
-    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.enabled or not isinstance(input, Tensor):  # float, or traced by torch.fx
-            return super().forward(input)
-        layer: Any = self
-        x = self.quantized_input(input)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x, layer = args[0] if args else kwargs["x"], cast(Any, self)
+        if not self.enabled or not isinstance(x, Tensor):  # float, or traced by torch.fx
+            return super().forward(x)
+        x = self.quantized_input(x)
         if getattr(self, "same_pad", False):
             x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
         return F.conv2d(

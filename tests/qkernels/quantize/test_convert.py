@@ -13,9 +13,8 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.quantize import registry
-from qkernels.quantize.layers import quantized_layers
+from qkernels.quantize.layers import QuantizedLayer, quantized_layers
 from qkernels.quantize.optimizers import scales
-from qkernels.quantize.layers import QuantizedLayer
 from qkernels.quantize.timm_layers import QConv2dSame
 
 
@@ -203,7 +202,9 @@ def test_layer_policy_and_overrides():
     assert model[6].weight_scale.shape == (1,) and model[0].weight_scale.shape == (8,)
     assert "3  float, 13.7% of the parameters: override" in str(report)
     assert "3 layers quantized with 77.9% of the parameters, 1 float" in str(report)
-    assert report.quantized_share == pytest.approx((8 * 27 + 16 * 8 + 8 * 8) / sum(p.numel() for p in small_net().parameters()))
+    assert report.quantized_share == pytest.approx(
+        (8 * 27 + 16 * 8 + 8 * 8) / sum(p.numel() for p in small_net().parameters())
+    )
     assert qk.QConfig.from_dict(config.to_dict()) == config
 
 

@@ -16,7 +16,9 @@ SAME = qk.QConfig(weight_bits=3, last_layer="same")
 
 def net():
     torch.manual_seed(4)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 2))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 2)
+    )
 
 
 LAST = {
