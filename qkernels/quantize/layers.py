@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ..ops.mean_abs import mean_abs
 from .described import Described, as_tensor, described, from_tensor
 from .quantizers import INQ, LSQ, ActivationLSQ, code_range, positive_scale, scale_of_mean
-from .reading import ReadWeight
+from .reading import ReadWeight, behind
 from .sharding import fill_, whole
 
 UNDECIDED = -1  # act_signed before the first training batch; then 0 (unsigned) or 1 (signed)
@@ -110,7 +110,7 @@ class QuantizedLayer(nn.Module):
     @property
     def latent_weight(self) -> nn.Parameter:
         """The Parameter that is trained, of which `weight` is the quantized value."""
-        return self._parameters[self.weight_name]  # type: ignore[return-value]
+        return behind(self, self.weight_name)  # type: ignore[no-any-return]
 
     def float_weight(self) -> Tensor:
         """What the float type multiplies by, which is what is quantized: by default the Parameter as it is."""

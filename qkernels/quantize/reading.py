@@ -130,20 +130,29 @@ class ReadWeight:
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
         if layer is None:
             return self
-        own = layer.__dict__["_parameters"]
-        latent, scale = own.get(self.name), own.get("weight_scale")
-        nothing_yet = latent is None or latent.is_meta or scale is None or scale.is_meta
-        # FSDP's parts of a weight multiply nothing either.
-        if nothing_yet or is_sharded(latent) or not layer.__dict__.get("enabled", False):
+        latent, scale = behind(layer, self.name), behind(layer, "weight_scale")
+        if latent is None:
             return nn.Module.__getattr__(layer, self.name)
+        # Without memory yet nothing multiplies, nor do FSDP's parts of a weight.
+        nothing_yet = latent.is_meta or scale is None or scale.is_meta or is_sharded(latent)
+        if nothing_yet or not layer.__dict__.get("enabled", False):
+            return latent
         try:
             return layer.quantized_weight() if layer.__dict__["in_forward"] else weight_as_read(layer)
         except AttributeError as error:  # after which Python would ask nn.Module, which has the float weight
             raise RuntimeError(f"{type(layer).__name__}.{self.name}: {error}") from error
 
-    def __set__(self, layer: nn.Module, value: Any) -> None:
+    def __set__(self, layer: Any, value: Any) -> None:
         # Parameters do not come by here, but into nn.Module's own list.
-        raise RuntimeError(
-            f"{type(layer).__name__}.{self.name} cannot be recomputed before each forward (pruning, weight_norm, "
-            "spectral_norm): make that permanent, then quantize"
-        )
+        if not getattr(layer, "_is_replica", False):
+            raise RuntimeError(
+                f"{type(layer).__name__}.{self.name} cannot be recomputed before each forward (pruning, weight_norm, "
+                "spectral_norm): make that permanent, then quantize"
+            )
+        layer.__dict__[self.name] = value
+
+
+def behind(layer: Any, name: str) -> Any:
+    """A Parameter of a layer by its name; of a replica that nn.DataParallel made, the tensor in its place."""
+    own = layer.__dict__
+    return own["_parameters"].get(name, own.get(name))

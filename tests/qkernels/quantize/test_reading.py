@@ -291,6 +291,24 @@ def test_feature_extractor_and_flop_counter():
     assert torch.equal(extractor.eval()(x)["out"], y)
 
 
+def test_functional_calls_and_replicas_quantize_the_weights_they_are_given():
+    torch.manual_seed(3)
+    model, other = (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2))
+    for net in (model, other):
+        qk.quantize_(net, CONFIG)
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.func.functional_call(model, dict(other.named_parameters()), x), other(x))
+    layer = model[0]
+    replica = layer._replicate_for_data_parallel()  # as nn.DataParallel does on each GPU
+    copies = {name: p * 1 for name, p in layer.named_parameters()}
+    for name, tensor in copies.items():
+        setattr(replica, name, tensor)
+    y = replica(x)
+    assert torch.equal(y, layer(x))
+    y.sum().backward()
+    assert layer.latent_weight.grad.abs().sum() > 0 and layer.weight_scale.grad.abs().sum() > 0
+
+
 def test_reparameterized_branches_are_the_quantized_ones():
     from timm.utils.model import reparameterize_model
 
