@@ -236,13 +236,13 @@ class QuantizedLayer(nn.Module):
             )
             return False
         assert self.act_quantizer is not None
-        total = mean_abs(x) * x.numel()
-        found = torch.stack([total, (x < 0).any().float(), torch.tensor(float(x.numel()), device=x.device)])
+        mean, negative, count = mean_abs(x), (x < 0).any().float(), torch.tensor(float(x.numel()), device=x.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            found = torch.stack([mean * count, negative, count])
             torch.distributed.all_reduce(found)
-        total, negative, count = found
-        mean = total / count
-        if not mean.isfinite():
+            total, negative, count = found
+            mean = total / count
+        if count == 0 or not mean.isfinite():
             return False
         signed = self.act_quantizer.signed
         decided = bool(negative > 0) if signed is None else signed

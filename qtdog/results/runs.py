@@ -120,7 +120,10 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Mod
     try:
         state = safetensors.torch.load(read_sealed(weights))
         if card.quantization is not None:
-            qk.quantize_(model, qk.QConfig.from_dict(card.quantization))
+            if any(name.endswith("_extra_state") for name in state):
+                qk.quantize_like_(model, state)
+            else:  # of an earlier version, which did not write down how each layer is quantized
+                qk.quantize_(model, qk.QConfig.from_dict(card.quantization))
             qk.fuse_weights_(model)
         model.load_state_dict(state)
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:

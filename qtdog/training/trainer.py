@@ -364,6 +364,8 @@ class Trainer:
         self.start = stored["step"] + 1
         if self.run.quantization and self.start > self.run.quantization.switch_step:
             self.switch(self.run.quantization)
+        if makes_codes:  # inputs of layers that the network does not call were found out, and left float
+            qk.quantize_like_(self.model, stored["model"])
         self.model.load_state_dict(stored["model"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.take_step.load_state_dict(stored["step_rule"])

@@ -21,7 +21,7 @@ from qtdog.files import read_records
 from qtdog.methods.algorithms import ERM, LOSSES
 from qtdog.methods.presets import METHODS, changed_from_preset, seeds_of, settle
 from qtdog.methods.steps import Plain
-from qtdog.models import MNIST_CNN
+from qtdog.models import DIGIT_NETWORKS, MNIST_CNN
 from qtdog.results.runs import read_card
 from qtdog.training import trainer
 from qtdog.training.evaluation import mean_out_accuracy
@@ -200,6 +200,41 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_
     assert "continue with --resume" in capsys.readouterr().err
     assert main(quick(digits_dir, tmp_path, "--steps", "6", "--resume")) == 0
     assert [r["step"] for r in records(folder)] == list(range(6))
+
+
+class ReadsWeights(nn.Module):
+    """A network that multiplies by the weight of a layer that it does not call."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.stem, self.read, self.fc = nn.Linear(784 * channels, 16), nn.Linear(16, 16), nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.fc((self.stem(x.flatten(1)).relu() @ self.read.weight).relu())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the inputs of read stay float")
+def test_a_network_that_reads_weights_resumes_and_loads(digits_dir, tmp_path, monkeypatch):
+    """The input of the layer that is read only is found to stay float after the switch; the files know."""
+    monkeypatch.setitem(DIGIT_NETWORKS, "READS", ReadsWeights)
+    flags = ["--method", "lsq", "--act-bits", "4", "--switch-step", "1", "--backbone", "READS", "--steps", "4"]
+    train_on = trainer.Trainer.train_on
+
+    def stopping(self, batch, step):
+        if step == 3:
+            raise UserError("stopped")
+        return train_on(self, batch, step)
+
+    assert main(quick(digits_dir, tmp_path / "whole", *flags)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_on", stopping)
+        assert main(quick(digits_dir, tmp_path / "resumed", *flags)) == 2
+    assert main(quick(digits_dir, tmp_path / "resumed", *flags, "--resume")) == 0
+    whole, resumed = (load_model(tmp_path / part / "RotatedMNIST/lsq/0/trial0_seed0") for part in ("whole", "resumed"))
+    assert whole.read.act_quantizer is None and whole.stem.act_range is not None
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(whole(x), resumed(x))
 
 
 @pytest.mark.slow
