@@ -46,16 +46,16 @@ def as_tensor(plain: Described) -> Tensor:
 
 
 def from_tensor(state: Tensor) -> Described:
-    """Inverse of `as_tensor`.
+    """Inverse of `as_tensor`; also of what somebody has cast to floats, along with all else in a state dict.
 
     Raises:
         ValueError: for a tensor that holds something else.
     """
     try:
-        plain = json.loads(bytes(state.tolist()))
+        plain = json.loads(bytes(map(int, state.tolist())))
         quantizers(plain)
         if type(plain["enabled"]) is not bool or type(plain["started"]) is not bool:
             raise ValueError(f"not a description of a quantized layer: {plain}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError("a quantized layer's state does not say how it is quantized") from error
     return plain

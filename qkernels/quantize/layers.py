@@ -317,9 +317,25 @@ class QuantizedLayer(nn.Module):
         return as_tensor(self.described())
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Whether it is enabled; all else was compared before."""
+        """Be enabled or not, as a state says.
+
+        Raises:
+            RuntimeError: for the state of a layer that is quantized otherwise.
+        """
+        if (difference := self._difference(state)) is not None:
+            raise RuntimeError(f"{type(self).__name__}: {difference}")
         own = from_tensor(state)
         self.enabled, self.started = own["enabled"], own["started"]
+
+    def _difference(self, state: Tensor) -> str | None:
+        other, own = from_tensor(state), self.described()
+        for key in ("weight", "input"):
+            if other[key] != own[key]:
+                return (
+                    f"the {key} of the checkpoint is {other[key] or 'float'}, that of the model {own[key] or 'float'}: "
+                    "quantize the model as the checkpoint is, by qkernels.quantize_like_(model, state_dict)"
+                )
+        return None
 
     def _load_from_state_dict(
         self,
@@ -336,16 +352,9 @@ class QuantizedLayer(nn.Module):
             scale = state_dict.get(prefix + name)
             if scale is not None and scale.dim() == 0:
                 state_dict[prefix + name] = scale.view(1)
-        if prefix + STATE in state_dict:
-            other, own = from_tensor(state_dict[prefix + STATE]), self.described()
-            if apart := [key for key in ("weight", "input") if other[key] != own[key]]:
-                key = apart[0]
-                errors.append(
-                    f"{prefix.rstrip('.')}: the {key} of the checkpoint is {other[key] or 'float'}, that of the model "
-                    f"{own[key] or 'float'}: quantize the model as the checkpoint is, by "
-                    "qkernels.quantize_like_(model, state_dict)"
-                )
-                return
+        if prefix + STATE in state_dict and (difference := self._difference(state_dict[prefix + STATE])) is not None:
+            errors.append(f"{prefix.rstrip('.')}: {difference}")
+            return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if prefix + self.weight_name in state_dict:
             added = ("weight_scale", "weight_frozen", "act_scale", "act_signed", STATE)

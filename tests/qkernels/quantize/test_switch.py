@@ -226,6 +226,21 @@ def test_a_checkpoint_says_how_its_layers_are_quantized():
         other.load_state_dict(stored(model))
 
 
+def test_states_that_are_set_alone_or_cast_to_floats():
+    """As libraries do that load one tensor after the other, or average all of a state dict."""
+    eight, two = net(), net()
+    qk.quantize_(eight, qk.QConfig(weight_bits=8, last_layer="same"))
+    qk.quantize_(two, qk.QConfig(weight_bits=2, last_layer="same"))
+    with pytest.raises(RuntimeError, match="QConv2d: the weight of the checkpoint is"):
+        two[0].set_extra_state(eight[0].get_extra_state())
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        eight.load_state_dict({name: value.to(dtype) for name, value in eight.state_dict().items()})
+    state = eight.state_dict()
+    state["0._extra_state"] = state["0._extra_state"].float() * torch.inf
+    with pytest.raises(ValueError, match="does not say how it is quantized"):
+        eight.load_state_dict(state)
+
+
 @pytest.mark.parametrize("config", [CONFIG, W4A4, qk.QConfig(weight_bits=4, quantizer="inq", overrides={"0": 5})])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_quantize_like_makes_a_float_model_ready(config, enabled):
