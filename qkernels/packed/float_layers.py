@@ -1,8 +1,9 @@
-"""What stays float in a packed ensemble, of M members side by side: images are [M * N, ...], member after member.
+"""What stays float in a packed ensemble, of M members side by side: images are [M, N, ...].
 
 With `shared` all members see the same [N, ...]. Each layer takes its tensors stacked, [M, ...].
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..ops.geometry import Geometry, conv_geometry
 from .kinds import Expected, LayerKind, ProgramError, Settings, geometry_settings
+from .values import DTYPES
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -42,8 +44,8 @@ def elements_of_conv(g: Geometry, out_channels: int, channels: int, height: int,
 
 
 def by_member(x: Tensor, members: int, shared: bool) -> Tensor:
-    """[M, N, ...] of images [M * N, ...], or of the [N, ...] that all members share."""
-    return x.expand(members, *x.shape) if shared else x.unflatten(0, (members, -1))
+    """[M, N, ...] of such images, or of the [N, ...] that all members share."""
+    return x.expand(members, *x.shape) if shared else x
 
 
 class StackedConv2d(LayerKind):
@@ -96,11 +98,12 @@ class StackedConv2d(LayerKind):
 
     def most_elements(self, x: Tensor) -> int:
         members, out = self.weight.shape[:2]
-        images = x.shape[0] * (members if self.shared else 1)
-        return self.weight.numel() + images * elements_of_conv(self._geometry(x), out, *x.shape[1:])
+        images = math.prod(x.shape[:-3]) * (members if self.shared else 1)
+        # Each member's result, and all of them together.
+        return self.weight.numel() + 2 * images * elements_of_conv(self._geometry(x), out, *x.shape[-3:])
 
     def _geometry(self, x: Tensor) -> Geometry:
-        return self.geometry.tf_same(*x.shape[2:]) if self.tf_same else self.geometry
+        return self.geometry.tf_same(*x.shape[-2:]) if self.tf_same else self.geometry
 
     def forward(self, x: Tensor) -> Tensor:
         g = self._geometry(x)
@@ -119,7 +122,7 @@ class StackedConv2d(LayerKind):
                 zip(by_member(x, self.weight.shape[0], self.shared), self.weight, strict=True)
             )
         ]
-        return torch.cat(results)
+        return torch.stack(results)
 
 
 class StackedLinear(LayerKind):
@@ -159,12 +162,12 @@ class StackedLinear(LayerKind):
         return self.weight.numel() + 2 * rows * out
 
     def forward(self, x: Tensor) -> Tensor:
-        members, out, _ = self.weight.shape
-        rows = by_member(x, members, self.shared)
-        y = rows.flatten(1, -2) @ self.weight.to(x.dtype).mT
+        members, out, depth = self.weight.shape
+        images = by_member(x, members, self.shared)
+        y = images.reshape(members, -1, depth) @ self.weight.to(x.dtype).mT
         if self.bias is not None:
             y = y + self.bias[:, None].to(x.dtype)
-        return y.view(*rows.shape[:-1], out).flatten(0, 1)
+        return y.view(*images.shape[:-1], out)
 
 
 Kind = Literal["batch", "group", "layer", "layer2d"]
@@ -246,23 +249,24 @@ class StackedNorm(LayerKind):
         return 3 * x.numel() * (self.weight.shape[0] if self.shared else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = self.weight.shape[1:]
+        """Normalize the dimension on which a member's norm acts: the last ones, or of all but "layer" the one after N."""
+        members, *channels = self.weight.shape
+        x = by_member(x, members, self.shared)
         if self.kind == "group":
-            x = F.group_norm(x, self.groups, eps=self.eps)
+            x = F.group_norm(x.flatten(0, 1), self.groups, eps=self.eps).view(x.shape)
         elif self.kind == "layer":
             x = F.layer_norm(x, channels, eps=self.eps)
         elif self.kind == "layer2d":
-            x = F.layer_norm(x.movedim(1, -1), channels, eps=self.eps).movedim(-1, 1)
-        members = self.weight.shape[0]
-        images = by_member(x, members, self.shared)
-        ones = [1] * (images.dim() - 2 - len(channels))
+            x = F.layer_norm(x.movedim(2, -1), channels, eps=self.eps).movedim(-1, 2)
+        ones = [1] * (x.dim() - 2 - len(channels))
         shape = (members, 1, *ones, *channels) if self.kind == "layer" else (members, 1, *channels, *ones)
-        y = images * self.weight.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)
-        return y.flatten(0, 1)
+        if self.kind == "layer" and x.dim() - 1 == len(channels):
+            shape = (members, *channels)  # of a single image
+        return x * self.weight.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)
 
 
 class StackedConstant(LayerKind):
-    """A parameter [M, 1, ...] that meets the images (a position embedding, a layer's scale): [M * N, ...]."""
+    """What each member has of its own and meets images, such as a position embedding: [M, *its shape]."""
 
     shares: ClassVar[bool] = False
     value: Tensor
@@ -276,36 +280,20 @@ class StackedConstant(LayerKind):
         return cls(torch.empty(0))
 
     def expected(self, members: int) -> dict[str, Expected]:
-        return {"value": Expected(None, [members, 1, ...])}
+        return {"value": Expected(tuple(DTYPES.values()), [members, ...], finite=False)}
 
     def most_elements(self, x: Tensor) -> int:
-        return 2 * self.value.numel() * x.shape[0]
+        return 2 * self.value.numel() * max(1, x.shape[0])  # in files of version 1 once for each image
 
     def forward(self, x: Tensor) -> Tensor:
-        """The value repeated for the images of x [M * N, ...]."""
-        members = self.value.shape[0]
-        images = x.shape[0] // members
-        return self.value.expand(members, images, *self.value.shape[2:]).flatten(0, 1).to(x.dtype)
+        """The value, where it is of floats in the dtype of x."""
+        return self.value.to(x.dtype) if self.value.is_floating_point() else self.value
 
 
-class Repeat(LayerKind):
-    """Images that all members share, [N, ...], once for each member: [M * N, ...]."""
+class SharedConstant(StackedConstant):
+    """What is the same for all members and meets images, such as a table of positions: it has its own shape."""
 
-    shares: ClassVar[bool] = False
+    gives_own: ClassVar[bool] = False
 
-    def __init__(self, members: int) -> None:
-        super().__init__()
-        self.members = members
-
-    def settings(self) -> dict[str, Any]:
-        return {"members": self.members}
-
-    @classmethod
-    def from_settings(cls, settings: Settings, members: int) -> "Repeat":
-        return cls(members)
-
-    def most_elements(self, x: Tensor) -> int:
-        return self.members * x.numel()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.expand(self.members, *x.shape).flatten(0, 1)
+    def expected(self, members: int) -> dict[str, Expected]:
+        return {"value": Expected(tuple(DTYPES.values()), [...], finite=False)}

@@ -140,14 +140,14 @@ def to_integer_(
     for layer in layers:
         layer.float_dtype = float_dtype
     connected = connect_(program) if isinstance(program, Program) else 0
-    changes = [_change(old, program(x), members) for old, x in zip(before, batches, strict=True)]
+    changes = [_change(old, program(x)) for old, x in zip(before, batches, strict=True)]
     agreeing, images, squares, magnitude = (sum(column) for column in zip(*changes, strict=True))
     return IntegerReport(len(layers), connected, agreeing / images, (squares / max(magnitude, 1e-30)) ** 0.5)
 
 
-def _change(before: Tensor, after: Tensor, members: int) -> tuple[int, int, float, float]:
+def _change(before: Tensor, after: Tensor) -> tuple[int, int, float, float]:
     """Images that agree, images, and the sums of squares of the change and of the mean logits."""
-    old, new = (logits.unflatten(0, (members, -1)).double().mean(0) for logits in (before, after))
+    old, new = (logits.double().mean(0) for logits in (before, after))
     same = int((old.argmax(-1) == new.argmax(-1)).sum())
     return same, old.shape[0], float((new - old).square().sum()), float(old.square().sum())
 

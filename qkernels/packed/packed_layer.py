@@ -1,6 +1,7 @@
 """PackedLayer: the members of an ensemble side by side in one layer, their weights as packed bits.
 
-Images come and go member after member along the batch, [M * N, ...]; with `shared` all members see the same [N, ...].
+Images come and go as [M, N, ...]; with `shared` all members see the same [N, ...]. The kernels take the members folded
+into the batch, [M * N, ...].
 With an `input_scale` a layer works on integer activations: it takes codes, or floats that it quantizes itself, and
 with an `output_scale` gives codes to the next.
 """
@@ -77,6 +78,7 @@ class PackedLayer(LayerKind):
         input_scale, residual_scale, output_scale: float32 [M], of integer activations; None for floats.
         input_range, output_range: of their codes.
         activation, shared: see `ops.packed_conv2d`.
+        alone: whether it stands in a model of PyTorch's, as its only member: it takes and gives [N, ...].
         float_dtype: of what an integer layer gives that does not give codes.
     """
 
@@ -104,6 +106,7 @@ class PackedLayer(LayerKind):
         self.input_range = (0, 255)
         self.output_range = (0, 255)
         self.float_dtype = torch.float32
+        self.alone = False
         self.register_buffer("weight_packed", torch.zeros(self.runs[-1].bytes.stop, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(self.members, out_channels))
         self.register_buffer("bias", torch.zeros(self.members, out_channels) if bias else None)
@@ -113,6 +116,22 @@ class PackedLayer(LayerKind):
     @property
     def members(self) -> int:
         return len(self.bits)
+
+    def stand_alone_(self) -> "PackedLayer":
+        """Take the place of a layer in a model: what comes has no dimension of members. Returns self."""
+        self.alone = self.shared = True
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """Dequantized, as the layer in whose place this one stands has it."""
+        if not self.alone:
+            raise AttributeError(f"{type(self).__name__} of several members has no weight; see dequantized_weight")
+        return self.dequantized_weight()[0].movedim(-1, 1)
+
+    def _lead(self, lead: Sequence[int]) -> tuple[int, ...]:
+        """The leading dimensions of the result, of those of x."""
+        return (self.members, *lead) if self.shared and not self.alone else tuple(lead)
 
     @torch.no_grad()
     def fill_(self, layers: Sequence[QuantizedLayer]) -> "PackedLayer":

@@ -200,7 +200,7 @@ def test_gradients_are_refused():
     assert not ensemble(torch.randn(1, 3, 8, 8, requires_grad=True)).requires_grad
     packed = qk.PackedConv2d.from_layers([models[0].conv1])
     with pytest.raises(RuntimeError, match="for inference and have no gradient"):
-        packed(torch.randn(1, 3, 8, 8, requires_grad=True)).sum().backward()
+        packed(torch.randn(1, 1, 3, 8, 8, requires_grad=True)).sum().backward()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
