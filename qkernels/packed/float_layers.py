@@ -5,7 +5,7 @@ With `shared` all members see the same [N, ...]. Each layer takes its tensors st
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -265,8 +265,8 @@ class StackedNorm(LayerKind):
         return x * self.weight.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)
 
 
-class StackedConstant(LayerKind):
-    """What each member has of its own and meets images, such as a position embedding: [M, *its shape]."""
+class Constant(LayerKind):
+    """What meets images and does not come from them, be it of floats or, as an index, of integers."""
 
     shares: ClassVar[bool] = False
     value: Tensor
@@ -276,11 +276,8 @@ class StackedConstant(LayerKind):
         self.register_buffer("value", value)
 
     @classmethod
-    def from_settings(cls, settings: Settings, members: int) -> "StackedConstant":
+    def from_settings(cls, settings: Settings, members: int) -> Self:
         return cls(torch.empty(0))
-
-    def expected(self, members: int) -> dict[str, Expected]:
-        return {"value": Expected(tuple(DTYPES.values()), [members, ...], finite=False)}
 
     def most_elements(self, x: Tensor) -> int:
         return 2 * self.value.numel() * max(1, x.shape[0])  # in files of version 1 once for each image
@@ -290,8 +287,15 @@ class StackedConstant(LayerKind):
         return self.value.to(x.dtype) if self.value.is_floating_point() else self.value
 
 
-class SharedConstant(StackedConstant):
-    """What is the same for all members and meets images, such as a table of positions: it has its own shape."""
+class StackedConstant(Constant):
+    """What each member has of its own, such as a position embedding: [M, *its shape]."""
+
+    def expected(self, members: int) -> dict[str, Expected]:
+        return {"value": Expected(tuple(DTYPES.values()), [members, ...], finite=False)}
+
+
+class SharedConstant(Constant):
+    """What is the same for all members, such as a table of indices: in its own shape."""
 
     gives_own: ClassVar[bool] = False
 

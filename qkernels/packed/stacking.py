@@ -6,7 +6,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, fx, nn
 
-from .float_layers import SharedConstant, StackedConstant
+from .float_layers import Constant, SharedConstant, StackedConstant
 from .forms import stack
 from .tracing import CannotStack, Trace
 
@@ -57,7 +57,7 @@ def stack_traces(models: Sequence[nn.Module], traces: Sequence[Trace]) -> fx.Gra
     return fx.GraphModule(modules, graph)
 
 
-def _constant(values: Sequence[Tensor]) -> StackedConstant:
+def _constant(values: Sequence[Tensor]) -> Constant:
     """Values, one a member, as a layer; float64 has no place in a network of float32."""
     values = [value.float() if value.dtype == torch.float64 else value for value in values]
     if all(torch.equal(value, values[0]) for value in values):

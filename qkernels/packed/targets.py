@@ -70,7 +70,8 @@ _FUNCTIONS = {call.target for call in FUNCTIONS.values()}
 @cache
 def _signature(function: Any) -> inspect.Signature | None:
     """Of a function written in Python; others have none."""
-    return inspect.signature(function) if inspect.isfunction(function) else None
+    written = inspect.isfunction(function) and not hasattr(function, "__wrapped__")
+    return inspect.signature(function) if written else None
 
 
 def changed_argument(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -236,7 +236,7 @@ class Tracer(TorchFunctionMode):
             return self.size(name, args, func(*plain_args, **plain_kwargs), kwargs)
         if name in READS:
             raise CannotStack(f"it decides by the values of its images ({name})")
-        if "out" in kwargs or name == "__setitem__":
+        if kwargs.get("out") is not None or name == "__setitem__":
             raise CannotStack("it changes a part of a value in place")
         changed = changed_argument(name, func, args, kwargs)
         if changed is not None:  # what it takes is what there was before
@@ -277,7 +277,7 @@ class Tracer(TorchFunctionMode):
         raise CannotStack(f"it takes the attribute {name} of a value")
 
     def sizes(self, t: Tensor) -> list[Size]:
-        node = self.node_of(t)
+        node = self.nodes[id(t)]  # also of what has been changed in place since
         return [Size.of(n, self.graph.call_method("size", (node, i)), self) for i, n in enumerate(t.shape)]
 
     def size(self, name: str, args: Any, value: Any, kwargs: Any) -> Any:
