@@ -205,10 +205,7 @@ def multiplied(call: Function, operands: Operands, bound: Bound) -> Any:
 
 def concatenated(call: Function, operands: Operands, bound: Bound) -> Any:
     tensors = bound["tensors"]
-    if isinstance(tensors, Ref):
-        parts = list(operands.value(tensors))
-    else:
-        parts = [operands.expanded(ref) for ref in tensors]
+    parts = list(operands.value(tensors)) if isinstance(tensors, Ref) else [operands.expanded(ref) for ref in tensors]
     rank = parts[0].dim() - 1
     if rank == 0 or any(part.dim() - 1 != rank for part in parts):
         return None

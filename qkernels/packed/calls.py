@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-
 from .by_members import Bound, Form, Operands, in_turn
-from .kinds import ProgramError, shown
 from .elements import MOST_PARTS, elements_of
+from .kinds import ProgramError, shown
 from .values import Kind, Result
 
 Rule = Result | Callable[..., Result]

@@ -71,7 +71,7 @@ def interleaved(input: Tensor, repeats: int, *_: Any, **__: Any) -> int:
 def sized(*sizes: Any, **_: Any) -> int:
     """What is made of sizes alone."""
     first = sizes[0] if isinstance(sizes[0], tuple | list) else sizes
-    return math.prod(max(0, n) for n in first if isinstance(n, int | float))
+    return math.prod(max(0, n) for n in first)
 
 
 def newly_sized(input: Tensor, *sizes: Any, **_: Any) -> int:
@@ -133,7 +133,10 @@ def transposed(
     """Of a transposed convolution, with each pixel's share of the result laid out."""
     dims = weight.dim() - 2
     sizes = zip(
-        input.shape[-dims:], weight.shape[2:], *(_each(v, dims) for v in (stride, output_padding, dilation)), strict=True
+        input.shape[-dims:],
+        weight.shape[2:],
+        *(_each(v, dims) for v in (stride, output_padding, dilation)),
+        strict=True,
     )
     out = [(n - 1) * s + d * (k - 1) + o + 1 for n, k, s, o, d in sizes]
     images = input.shape[0] if input.dim() == dims + 2 else 1
@@ -151,5 +154,6 @@ def contracted(equation: str, *tensors: Any) -> int:
     """Of einsum: the product of its operands, whatever of it is summed."""
     operands = tensors[0] if isinstance(tensors[0], tuple | list) else tensors
     inputs, output = equation.replace(" ", "").split("->")
-    size = {letter: n for term, t in zip(inputs.split(","), operands, strict=True) for letter, n in zip(term, t.shape)}
+    terms = zip(inputs.split(","), operands, strict=True)
+    size = {letter: n for term, t in terms for letter, n in zip(term, t.shape, strict=True)}
     return math.prod(size[letter] for letter in output) + 2 * elements_of(*operands)

@@ -50,14 +50,14 @@ class PackedEnsemble(nn.Module):
     def from_models(cls, models: Sequence[nn.Module], example: Any = None, **info: Any) -> "PackedEnsemble":
         """Pack trained models of one architecture; they may differ in the bits of each layer, and are left as they are.
 
-        Batch norms are folded as in eval mode. Layers that `quantize_` left float stay float. What comes of it is compared
-        with the models on two batches of random images: if one graph for all members does not answer as they do, they run
-        in turn, and `report.in_turn` says why.
+        Batch norms are folded as in eval mode. Layers that `quantize_` left float stay float. What comes of it is
+        compared with the models on two batches of random images: if one graph for all members does not answer as they
+        do, they run in turn, and `report.in_turn` says why.
 
         Args:
             models: quantized by `quantize_`; on one device.
-            example: what a model takes: images [N, ...], or a tuple of arguments, or a mapping of those by name. By default
-                images of the size that the model's configuration or its first layer tells of.
+            example: what a model takes: images [N, ...], or a tuple of arguments, or a mapping of those by name. By
+                default images of the size that the model's configuration or its first layer tells of.
             info: plain values to save with the network, such as classes=["dog", ...].
 
         Raises:
@@ -71,9 +71,9 @@ class PackedEnsemble(nn.Module):
     def member_logits(self, x: Any) -> Any:
         """Images [N, ...] to each member's logits [M, N, classes].
 
-        Members that run in turn take what their model takes: a tuple has its arguments, a mapping those with names. Where
-        they answer with a structure, its tensors are stacked, [M, ...]; where these have other shapes in each member, they
-        are a list.
+        Members that run in turn take what their model takes: a tuple has its arguments, a mapping those with names.
+        Where they answer with a structure, its tensors are stacked, [M, ...]; where these have other shapes in each
+        member, they are a list.
 
         Raises:
             PackedFileError: if a network from a file would take more memory than it may: see `load`.

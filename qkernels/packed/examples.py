@@ -49,7 +49,7 @@ class Example:
         return self.given[torch.randint(len(self.given), (count,), generator=generator)]
 
     def inputs(self) -> list[Any]:
-        """Two batches of different sizes; if an example was given that is no tensor, that one; none if none is known."""
+        """Two batches of different sizes; or the example that was given, if it is no tensor; or none."""
         if self.shapes:
             return [self.batch(self.shapes[-1], count) for count in (2, 3)]
         return [] if self.given is None else [self.given]

@@ -249,7 +249,7 @@ class StackedNorm(LayerKind):
         return 3 * x.numel() * (self.weight.shape[0] if self.shared else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the dimension on which a member's norm acts: the last ones, or of all but "layer" the one after N."""
+        """Normalize the dimensions on which a member's norm acts: with "layer" the last ones, else the one after N."""
         members, *channels = self.weight.shape
         x = by_member(x, members, self.shared)
         if self.kind == "group":

@@ -183,7 +183,9 @@ def _read_report(plain: dict[str, Any]) -> FusionReport:
     """What was packed and fused: names, and reasons."""
     only_keys(plain, [field.name for field in fields(FusionReport)])
     for name, value in plain.items():
-        texts: Any = [value] if name in ("in_turn", "verified") else list(value.values()) if name == "unfused" else value
+        texts: Any = (
+            [value] if name in ("in_turn", "verified") else list(value.values()) if name == "unfused" else value
+        )
         if type(texts) is not list or not all(text is None or isinstance(text, str) for text in texts):
             raise ProgramError(f"report: {name} is {shown(value)}")
     return FusionReport(**plain)
@@ -239,7 +241,9 @@ class Tensors:
         self.layers = {name: layer for name, layer in program.named_modules() if isinstance(layer, LayerKind)}
         self.expected: dict[str, Expected] = {}
         if not isinstance(program, Program):  # float layers of the model that was given
-            self.expected = {name: Expected(t.dtype, list(t.shape), finite=False) for name, t in unique(program).items()}
+            self.expected = {
+                name: Expected(t.dtype, list(t.shape), finite=False) for name, t in unique(program).items()
+            }
             members = 1
         for name, layer in self.layers.items():
             self.expected |= {f"{name}.{tensor}": what for tensor, what in layer.expected(members).items()}

@@ -70,7 +70,9 @@ def _side_by_side(
     report = FusionReport()
     fuse_(graph, report)
     try:
-        program = Program.from_graph(graph, len(models), None if _is_of_any_size(models[0], traces[0], example, shape) else shape)
+        program = Program.from_graph(
+            graph, len(models), None if _is_of_any_size(models[0], traces[0], example, shape) else shape
+        )
         read_program(json.loads(json.dumps(program_json(program))), len(models), 2)
     except ProgramError as error:
         raise CannotStack(str(error)) from error

@@ -86,10 +86,7 @@ class Program(nn.Module):
         for step in self._steps:
             results[step.name] = result_of(step, results)
             layer = self.layer(step.target) if step.op == "layer" else None
-            if isinstance(layer, LayerKind):
-                by_member = layer.gives_own
-            else:
-                by_member = not own.isdisjoint(step.uses)
+            by_member = layer.gives_own if isinstance(layer, LayerKind) else not own.isdisjoint(step.uses)
             if by_member and results[step.name] in ("tensor", "tensors"):
                 own.add(step.name)
         if results.get(self._output.name) != "tensor":

@@ -71,7 +71,16 @@ _MODULE_TYPES = {kind.__name__: kind for kind in MODULES}
 # Our own layers, by the name of their type.
 LAYERS: dict[str, type[LayerKind]] = {
     kind.__name__: kind
-    for kind in (PackedConv2d, PackedLinear, StackedConv2d, StackedLinear, StackedNorm, StackedConstant, SharedConstant, Repeat)
+    for kind in (
+        PackedConv2d,
+        PackedLinear,
+        StackedConv2d,
+        StackedLinear,
+        StackedNorm,
+        StackedConstant,
+        SharedConstant,
+        Repeat,
+    )
 }
 
 _FUNCTION_NAMES = {call.target: name for name, call in (ONLY_OLD | FUNCTIONS).items()}

@@ -37,8 +37,12 @@ def stack_traces(models: Sequence[nn.Module], traces: Sequence[Trace]) -> fx.Gra
         CannotStack: with the reason.
     """
     check_same(traces)
-    graph, modules, new = fx.Graph(), {}, {}
-    for node in traces[0].graph.nodes:
+    graph = fx.Graph()
+    modules: dict[str, nn.Module] = {}
+    start, *nodes = traces[0].graph.nodes
+    images = graph.node_copy(start)
+    new = {start: images}
+    for node in nodes:
         if node.op == "get_attr":
             values = [trace.constants[str(node.target)] for trace in traces]
             if len({value.shape for value in values}) > 1:
@@ -52,7 +56,6 @@ def stack_traces(models: Sequence[nn.Module], traces: Sequence[Trace]) -> fx.Gra
             new[node] = graph.call_module(name, fx.map_arg(node.args, new.__getitem__))
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
-            images = new[node] if node.op == "placeholder" else images
         new[node].meta = dict(node.meta)
     return fx.GraphModule(modules, graph)
 

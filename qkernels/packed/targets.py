@@ -43,7 +43,14 @@ REVERSED: dict[str, Any] = {
     "__rfloordiv__": operator.floordiv,
     "__rmatmul__": operator.matmul,
 }
-RENAMED = {"concat": "cat", "concatenate": "cat", "swapaxes": "transpose", "swapdims": "transpose", "absolute": "abs", "clip": "clamp"}
+RENAMED = {
+    "concat": "cat",
+    "concatenate": "cat",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "absolute": "abs",
+    "clip": "clamp",
+}
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool"})
 # What gives the values that it takes.
 COPIES = frozenset({"contiguous", "clone", "detach", "alias", "requires_grad_", "cpu", "cuda", "lift_fresh"})

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from .steps import mapped
 from .targets import ASSERTIONS, CASTS, COPIES, READS, canonical, changed_argument
 
-
 Layer = tuple[Callable[..., Any], Sequence[str]]
 
 
@@ -50,9 +49,8 @@ class Trace:
             for node in self.graph.nodes
         ]
 
-
     def same(self, other: "Trace", of_any_size: bool = False) -> bool:
-        """Whether another trace does the same with the same constants; `of_any_size`: and was told the same of sizes."""
+        """Whether another does the same with the same constants; `of_any_size`: and was told the same of sizes."""
         alike = self.steps() == other.steps() and self.constants.keys() == other.constants.keys()
         if of_any_size and self.decisions != other.decisions:
             return False

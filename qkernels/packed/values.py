@@ -10,7 +10,10 @@ from .steps import Ref, mapped
 
 MOST_DIMS = 8
 Result = Literal["tensor", "tensors", "number", "shape"]
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)}
+DTYPES = {
+    str(t).removeprefix("torch."): t
+    for t in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+}
 
 # As JSON ---------------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.ops.packing import packed_bytes
-from qkernels.packed.packed_layer import quantize_members, runs_of
 from qkernels.packed.forms import pack
+from qkernels.packed.packed_layer import quantize_members, runs_of
 from qkernels.quantize.codes import weight_codes
 from qkernels.quantize.quantizers import INQ, LSQ, ActivationLSQ
 

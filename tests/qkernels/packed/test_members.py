@@ -1,4 +1,4 @@
-"""What a model does to its batch, each member does to its own: nothing mixes members, nothing is assumed of dimensions."""
+"""What a model does to its batch, each member does to its own: nothing mixes members, nor confuses dimensions."""
 
 import copy
 import operator
@@ -149,9 +149,16 @@ def test_a_batch_norm_acts_on_the_second_dimension(tmp_path):
 @pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(6), lambda: nn.LayerNorm([3, 6]), nn.Identity])
 def test_sequences_first(norm, tmp_path):
     """[L, N, C]: the first dimension is not the images'."""
-    models = members(lambda: Sequence(nn.Linear(6, 6), norm(), nn.Linear(6, 6), forward=lambda self, x: self.layers[2](
-        self.layers[1](self.layers[0](x.transpose(0, 1)).transpose(0, 1)).transpose(0, 1)
-    ).mean(0)))
+    models = members(
+        lambda: Sequence(
+            nn.Linear(6, 6),
+            norm(),
+            nn.Linear(6, 6),
+            forward=lambda self, x: self.layers[2](
+                self.layers[1](self.layers[0](x.transpose(0, 1)).transpose(0, 1)).transpose(0, 1)
+            ).mean(0),
+        )
+    )
     packed_like(models, tmp_path, torch.randn(4, 3, 6), example=torch.randn(2, 3, 6))
 
 
@@ -246,7 +253,9 @@ def test_what_answers_otherwise_runs_in_turn(tmp_path):
 
 
 def test_one_graph_that_answers_otherwise_is_not_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(functions.FUNCTIONS["softmax"], "form", lambda call, operands, bound: operands.value(bound["input"]))
+    monkeypatch.setattr(
+        functions.FUNCTIONS["softmax"], "form", lambda call, operands, bound: operands.value(bound["input"])
+    )
     models = members(lambda: Images(lambda self, x: F.softmax(x, 1)))
     packed_like(models, tmp_path, torch.randn(2, 3, 8, 8), in_turn="side by side the answers differ by")
 
@@ -283,6 +292,7 @@ FORMED = {
 @pytest.mark.parametrize("what", FORMED)
 def test_forms_give_what_each_member_gives_alone(what, monkeypatch):
     """Of two values of each member, [N, 3, 4]; without its form each function runs member by member."""
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
