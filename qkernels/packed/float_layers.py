@@ -4,16 +4,33 @@ With `shared` all members see the same [N, ...]. Each layer takes its tensors st
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.geometry import Geometry, conv_geometry
 from .kinds import Expected, LayerKind, ProgramError, Settings, geometry_settings
 from .values import DTYPES
+
+Stack = Callable[[Sequence[Any]], nn.Module]  # M layers to one
+
+
+class FloatForm(NamedTuple):
+    """What stacks layers of one type.
+
+    Attributes:
+        stack: makes one of M.
+        fits: whether a layer of the type is of the kind that `stack` knows.
+        forward: what the layer computes, where its own forward does more; `children` follow.
+    """
+
+    stack: Stack
+    fits: Callable[[Any], bool] = lambda layer: True
+    forward: Callable[..., Any] | None = None
+    children: tuple[str, ...] = ()
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

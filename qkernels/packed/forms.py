@@ -2,32 +2,16 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from ..quantize.layers import QConv2d, QLinear, QuantizedLayer
 from ..quantize.registry import PACKED_FORMS
-from .float_layers import StackedConv2d, StackedLinear, StackedNorm
+from .float_layers import FloatForm, StackedConv2d, StackedLinear, StackedNorm
 from .layers import PackedConv2d, PackedLinear
 
-Stack = Callable[[Sequence[Any]], nn.Module]  # M layers to one
 PACKED_FORMS |= {QConv2d: PackedConv2d.from_layers, QLinear: PackedLinear.from_layers}
-
-
-class FloatForm(NamedTuple):
-    """What stacks layers of one type.
-
-    Attributes:
-        stack: makes one of M.
-        fits: whether a layer of the type is of the kind that `stack` knows.
-        forward: what the layer computes, where its own forward does more; `children` follow.
-    """
-
-    stack: Stack
-    fits: Callable[[Any], bool] = lambda layer: True
-    forward: Callable[..., Any] | None = None
-    children: tuple[str, ...] = ()
 
 
 def _has_statistics(norm: Any) -> bool:

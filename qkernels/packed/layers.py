@@ -97,7 +97,7 @@ class PackedConv2d(PackedLayer):
         `residual` [M, N, ...] is added before the activation and broadcasts to the result.
         """
         geometry, lead = self.geometry, self._lead(x.shape[:-3])
-        as_it_came = self.alone and x.is_contiguous()
+        contiguous = self.keep_layout and x.is_contiguous()
         x = x.reshape(-1, *x.shape[-3:])
         residual = None if residual is None else residual.reshape(-1, *residual.shape[-3:])
         if self.tf_same:
@@ -109,7 +109,7 @@ class PackedConv2d(PackedLayer):
             x = padded.to(x.dtype)
             geometry = replace(geometry, padding=(0, 0, 0, 0))
         y = self._convolve(x, residual, geometry)
-        y = y.contiguous() if as_it_came else y  # the model may look at it through a view
+        y = y.contiguous() if contiguous else y
         return y.reshape(*lead, *y.shape[1:])
 
 

@@ -79,6 +79,7 @@ class PackedLayer(LayerKind):
         input_range, output_range: of their codes.
         activation, shared: see `ops.packed_conv2d`.
         alone: whether it stands in a model of PyTorch's, as its only member: it takes and gives [N, ...].
+        keep_layout: see `stand_alone_`.
         float_dtype: of what an integer layer gives that does not give codes.
     """
 
@@ -106,7 +107,7 @@ class PackedLayer(LayerKind):
         self.input_range = (0, 255)
         self.output_range = (0, 255)
         self.float_dtype = torch.float32
-        self.alone = False
+        self.alone = self.keep_layout = False
         self.register_buffer("weight_packed", torch.zeros(self.runs[-1].bytes.stop, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(self.members, out_channels))
         self.register_buffer("bias", torch.zeros(self.members, out_channels) if bias else None)
@@ -117,9 +118,13 @@ class PackedLayer(LayerKind):
     def members(self) -> int:
         return len(self.bits)
 
-    def stand_alone_(self) -> "PackedLayer":
-        """Take the place of a layer in a model: what comes has no dimension of members. Returns self."""
+    def stand_alone_(self, keep_layout: bool = True) -> "PackedLayer":
+        """Take the place of a layer in a model: what comes has no dimension of members. Returns self.
+
+        `keep_layout`: give contiguous images for contiguous ones, as the model may look at them through a view.
+        """
         self.alone = self.shared = True
+        self.keep_layout = keep_layout
         return self
 
     @property

@@ -45,7 +45,7 @@ def pack_models(models: Sequence[nn.Module], given: Any) -> tuple[nn.Module, Fus
         try:
             program, report = _side_by_side(models, example, shape, fixed)
         except CannotStack as why:
-            reason = str(why)
+            reason = reason if fixed else str(why)  # with more that is constant, what is wrong shows less well
         else:
             if program.image is None or shape == example.shapes[-1]:
                 return program, report

@@ -6,8 +6,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, LayerNorm, LayerNo
 from torch import nn
 
 from ..quantize.timm_layers import QConv2dSame
-from .float_layers import StackedConv2d, StackedLinear, StackedNorm
-from .forms import FloatForm
+from .float_layers import FloatForm, StackedConv2d, StackedLinear, StackedNorm
 from .layers import PackedConv2d
 
 __all__ = ["FLOAT", "PACKED", "DropPath"]
