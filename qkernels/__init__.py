@@ -11,22 +11,27 @@ from .packed.file import PackedFileError
 from .packed.layers import PackedConv2d, PackedLinear
 from .packed.loading import sign_packed_file, verify_packed_file
 from .packed.signature import make_signing_key
-from .quantize.convert import (
-    QConfig,
-    QuantizationReport,
-    add_scales_,
-    dequantize_,
-    fuse_weights_,
-    named_scales,
-    packed_nbytes,
-    param_groups,
-    quantize_,
-    quantized_layers,
-    snap_,
-)
-from .quantize.layers import QConv2d, QLinear, QuantizedLayer
+from .quantize.config import QConfig
+from .quantize.convert import dequantize_, quantize_, quantize_like_
+from .quantize.fusing import fuse_weights_
+from .quantize.inq import snap_
+from .quantize.layers import QuantizedLayer, quantized_layers
+from .quantize.optimizers import add_scales_, named_scales, param_groups
 from .quantize.quantizers import INQ, LSQ, ActivationLSQ, init_scale, positive_scale
 from .quantize.registry import register_layer
+from .quantize.report import QuantizationReport, packed_nbytes
+from .quantize.switch import disable_, enable_
+from .quantize.torch_layers import (
+    QAttentionOutput,
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+    QLinear,
+    QMultiheadAttention,
+)
 
 __version__ = "0.1.0"
 
@@ -40,14 +45,23 @@ __all__ = [
     "PackedEnsemble",
     "PackedFileError",
     "PackedLinear",
+    "QAttentionOutput",
     "QConfig",
+    "QConv1d",
     "QConv2d",
+    "QConv3d",
+    "QConvTranspose1d",
+    "QConvTranspose2d",
+    "QConvTranspose3d",
     "QLinear",
+    "QMultiheadAttention",
     "QuantizationReport",
     "QuantizedLayer",
     "add_scales_",
     "backends",
     "dequantize_",
+    "disable_",
+    "enable_",
     "fake_quantize",
     "fake_quantize_multi",
     "fuse_weights_",
@@ -60,6 +74,7 @@ __all__ = [
     "param_groups",
     "positive_scale",
     "quantize_",
+    "quantize_like_",
     "quantized_layers",
     "register_layer",
     "remove_leftovers",

@@ -58,12 +58,17 @@ def barrier() -> None:
         dist.barrier()
 
 
-def synchronized(model: nn.Module) -> nn.Module:
-    """`model`, with gradients averaged over the processes. To be called again when it has got other parameters."""
+def synchronized(model: nn.Module, some_unused: bool = False) -> nn.Module:
+    """`model`, with gradients averaged over the processes. To be called again when other parameters have gradients.
+
+    Args:
+        some_unused: whether some parameters that could have gradients have none, such as scales before the switch.
+    """
     if not dist.is_initialized():
         return model
     device = next(model.parameters()).device
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=some_unused)
 
 
 @torch.no_grad()

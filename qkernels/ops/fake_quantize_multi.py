@@ -1,6 +1,7 @@
 """`fake_quantize_multi`: the weights of all layers in one call."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,20 +71,37 @@ def _fake_quantize_multi_backward_fake(grads, xs, scales, qmins, qmaxs, axis, gr
 
 
 def _fake_quantize_multi_setup(ctx, inputs, output):
-    xs, scales, qmins, qmaxs, axis, grad_factors, _ = inputs
+    xs, scales, *arguments, _ = inputs
     ctx.save_for_backward(*xs, *scales)
-    ctx.arguments = (qmins, qmaxs, axis, grad_factors)
+    ctx.arguments = arguments
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(backward, ctx, grads, scales_needed):
+    """Of xs and scales, by `backward(grads, xs, scales, ...)`; None of layers whose result was not used."""
+    layers = len(grads)
+    qmins, qmaxs, axis, grad_factors = ctx.arguments
+    grad_xs, grad_scales = [None] * layers, [None] * layers
+    used = [i for i, grad in enumerate(grads) if grad is not None]
+
+    def of_used(values):
+        return [values[i] for i in used]
+
+    if used:
+        found = backward(
+            *map(of_used, (grads, ctx.saved_tensors[:layers], ctx.saved_tensors[layers:], qmins, qmaxs)),
+            axis,
+            of_used(grad_factors),
+            any(of_used(scales_needed)),
+        )
+        for i, grad_x, grad_scale in zip(used, *found, strict=True):
+            grad_xs[i], grad_scales[i] = grad_x, grad_scale if scales_needed[i] else None
+    return grad_xs, grad_scales
 
 
 def _fake_quantize_multi_autograd(ctx, grads):
-    layers = len(grads)
-    xs, scales = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
-    _, scales_needed, *_ = ctx.needs_input_grad
-    grad_xs, grad_scales = ops.fake_quantize_multi_backward.default(
-        grads, xs, scales, *ctx.arguments, any(scales_needed)
-    )
-    grad_scales = [g if needed else None for g, needed in zip(grad_scales, scales_needed, strict=True)]
-    return list(grad_xs), grad_scales, None, None, None, None, None
+    found = _gradients(ops.fake_quantize_multi_backward.default, ctx, grads, ctx.needs_input_grad[1])
+    return *found, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -102,18 +120,14 @@ class _FakeQuantizeMulti(torch.autograd.Function):
     def forward(ctx, layers, qmins, qmaxs, axis, grad_factors, out_dtype, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.arguments = (qmins, qmaxs, axis, grad_factors)
+        ctx.set_materialize_grads(False)
         xs, scales = tensors[:layers], tensors[layers:]
         return tuple(unrecorded(ops.fake_quantize_multi.default, xs, scales, *ctx.arguments, out_dtype))
 
     @staticmethod
     def backward(ctx, *grads):
-        layers = len(grads)
-        xs, scales = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
-        scales_needed = ctx.needs_input_grad[-layers:]
-        grad_xs, grad_scales = unrecorded(
-            ops.fake_quantize_multi_backward.default, grads, xs, scales, *ctx.arguments, any(scales_needed)
-        )
-        grad_scales = [g if needed else None for g, needed in zip(grad_scales, scales_needed, strict=True)]
+        backward = partial(unrecorded, ops.fake_quantize_multi_backward.default)
+        grad_xs, grad_scales = _gradients(backward, ctx, grads, ctx.needs_input_grad[-len(grads) :])
         return *(None,) * 6, *grad_xs, *grad_scales
 
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..quantize.convert import quantized_layers
-from ..quantize.layers import QuantizedLayer
+from ..quantize.layers import QuantizedLayer, quantized_layers
 from . import file, loading
 from .answers import called, mean_of
 from .file import Contents, nbytes_of, works_on_integers
@@ -167,7 +166,10 @@ class PackedEnsemble(nn.Module):
 
 
 # Attributes of modules that change nothing in evaluation.
-_OF_TRAINING = ("training", "inplace", "momentum", "drop_prob")
+_OF_TRAINING = (
+    *("training", "inplace", "momentum", "drop_prob"),
+    *("started", "in_forward", "fused_before", "weight_was_read"),
+)
 
 
 def _description(model: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -179,7 +181,7 @@ def _description(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     for name, module in model.named_modules():
         parameters = {key: t for key, t in module._parameters.items() if t is not None}
         if isinstance(module, QuantizedLayer):  # scales may be one a channel or one a tensor
-            parameters = {key: t for key, t in parameters.items() if key in ("weight", "bias")}
+            parameters = {key: t for key, t in parameters.items() if key not in ("weight_scale", "act_scale")}
         settings = {}
         if not any(module.children()) and type(module) not in NOTHING_IN_EVAL:
             settings = {key: value for key, value in vars(module).items() if not key.startswith("_") and _plain(value)}
@@ -213,9 +215,9 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
         raise ValueError("PackedEnsemble: no models to pack")
     first = _description(models[0])
     for index, model in enumerate(models):
-        if not any(True for _ in quantized_layers(model)):
+        if not any(layer.enabled for _, layer in quantized_layers(model)):
             raise ValueError(
-                f"PackedEnsemble: models[{index}] has no quantized layers; call qkernels.quantize_ and train"
+                f"PackedEnsemble: models[{index}] has no quantized layers: quantize_ or enable_ it, and train"
             )
         own = _description(model)
         for name in first.keys() | own.keys():
@@ -225,7 +227,7 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
                     f"{_difference(own.get(name, ()), first.get(name, ()))}"
                 )
         for name, layer in quantized_layers(model):
-            if layer.act_quantizer is not None and layer.act_range is None:
+            if layer.enabled and layer.act_quantizer is not None and layer.act_range is None:
                 raise ValueError(
                     f"PackedEnsemble: models[{index}].{name} has not started to quantize its input; train it"
                 )

@@ -49,7 +49,7 @@ def version_of(program: nn.Module) -> int:
 
 def nbytes_of(program: nn.Module) -> int:
     """Bytes of all tensors."""
-    return sum(t.nbytes for t in [*program.parameters(), *program.buffers()])
+    return sum(t.nbytes for t in unique(program).values())
 
 
 def names_of(program: nn.Module) -> dict[str, list[str]]:

@@ -6,8 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ..quantize.layers import QConv2d, QLinear, QuantizedLayer
+from ..quantize.layers import QuantizedLayer
+from ..quantize.quantizers import LSQ
 from ..quantize.registry import PACKED_FORMS
+from ..quantize.torch_layers import QConv2d, QLinear
+from .attention import attend
 from .float_layers import FloatForm, StackedConv2d, StackedLinear, StackedNorm
 from .layers import PackedConv2d, PackedLinear
 
@@ -54,14 +57,29 @@ def know_libraries() -> None:
         FLOAT_FORMS[LayerNorm2d] = FloatForm(StackedNorm.from_images_layer_norms)
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The type of what a module computes: a quantized layer that is not enabled is a float one."""
+    return module.float_type if isinstance(module, QuantizedLayer) and not module.enabled else type(module)
+
+
 def layer_of(module: nn.Module) -> tuple[Callable[..., Any], tuple[str, ...]] | None:
     """What a module computes that has a form, and its children that follow; None for one that has none."""
-    if type(module) in PACKED_FORMS or _passes_codes(module):
+    kind = kind_of(module)
+    if kind in PACKED_FORMS or _passes_codes(module):
         return module.forward, ()
-    form = FLOAT_FORMS.get(type(module))
+    form = FLOAT_FORMS.get(kind)
     if form is None or not form.fits(module):
         return None
     return (module.forward if form.forward is None else form.forward.__get__(module)), form.children
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward of a module that has no form and is looked into, where its own would not show what it computes."""
+    if isinstance(module, nn.MultiheadAttention):
+        return attend.__get__(module)
+    if isinstance(module, QuantizedLayer) and module.act_quantizer is None:
+        return module.float_type.forward.__get__(module)
+    return None
 
 
 def _passes_codes(module: Any) -> bool:
@@ -71,7 +89,7 @@ def _passes_codes(module: Any) -> bool:
 
 def stack(layers: Sequence[Any]) -> nn.Module:
     """One layer of M for which there is a `layer_of`."""
-    kind = type(layers[0])
+    kind = kind_of(layers[0])
     if kind in PACKED_FORMS:
         return PACKED_FORMS[kind](layers)
     if kind in FLOAT_FORMS:
@@ -80,16 +98,17 @@ def stack(layers: Sequence[Any]) -> nn.Module:
     return nn.MaxPool2d(pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
 
 
-def pack(layers: Sequence[QuantizedLayer], name: str) -> nn.Module:
-    """One packed layer for one quantized layer a member.
+def pack(layer: QuantizedLayer, name: str) -> nn.Module | None:
+    """A packed layer of one member; None where its type has no packed form, but is no more than its quantized weight.
 
     Raises:
-        ValueError: for a type that has no packed form.
+        ValueError: for a type without a packed form whose input is quantized.
     """
     know_libraries()
-    kind = type(layers[0])
-    if kind not in PACKED_FORMS:
-        raise ValueError(
-            f"PackedEnsemble: {name} is a {kind.__name__}, which has no packed form; see qkernels.register_layer"
-        )
-    return PACKED_FORMS[kind](layers)
+    if type(layer) in PACKED_FORMS:
+        return PACKED_FORMS[type(layer)]([layer])
+    if layer.act_quantizer is None and isinstance(layer.weight_quantizer, LSQ):
+        return None
+    raise ValueError(
+        f"PackedEnsemble: {name} is a {type(layer).__name__}, which has no packed form; see qkernels.register_layer"
+    )

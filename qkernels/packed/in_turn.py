@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..quantize.convert import quantized_layers
+from ..quantize.layers import quantized_layers
 from .answers import joined
 from .forms import pack
 from .packed_layer import PackedLayer
@@ -28,13 +28,17 @@ class MembersInTurn(nn.Module):
 def pack_layers_(model: nn.Module) -> nn.Module:
     """Replace each quantized layer of `model` by a packed one of a single member, in place. Returns `model`.
 
-    A layer that stands under several names is one layer afterwards, too. Hooks go over to it.
+    A layer that stands under several names is one layer afterwards, too. Hooks go over to it. Layers whose type has no
+    packed form become float ones with the quantized weight.
 
     Raises:
         ValueError: for a layer whose type has no packed form.
     """
     for name, layer in list(quantized_layers(model)):
-        packed = pack([layer], name)
+        packed = pack(layer, name) if layer.enabled else None
+        if packed is None:  # it is no more than its weight
+            layer.dequantize_()
+            continue
         assert isinstance(packed, PackedLayer)
         put(model, layer, packed.stand_alone_())
         for hooks in HOOKS:

@@ -139,8 +139,8 @@ class PackedLayer(LayerKind):
         return (self.members, *lead) if self.shared and not self.alone else tuple(lead)
 
     @torch.no_grad()
-    def fill_(self, layers: Sequence[QuantizedLayer]) -> "PackedLayer":
-        """Pack the weights of `layers`, one a member."""
+    def pack_(self, layers: Sequence[QuantizedLayer]) -> None:
+        """Take over the weights of `layers`, one a member."""
         packed, scales = [], []
         for layer, bits in zip(layers, self.bits, strict=True):
             codes, scale = weight_codes(layer)
@@ -149,6 +149,10 @@ class PackedLayer(LayerKind):
             scales.append(scale)
         self.weight_packed = torch.cat(packed)
         self.weight_scale = torch.stack(scales)
+
+    def fill_(self, layers: Sequence[QuantizedLayer]) -> None:
+        """Take over weights, biases and what is known of the inputs."""
+        self.pack_(layers)
         if self.bias is not None:
             self.bias = torch.stack([layer.bias.detach().float() for layer in layers])  # type: ignore[operator]
         if layers[0].act_quantizer is not None:
@@ -156,9 +160,8 @@ class PackedLayer(LayerKind):
             (code_range,) = ranges
             assert code_range is not None
             self.quantize_input_(
-                torch.stack([positive_scale(layer.act_scale.detach()) for layer in layers]), code_range
+                torch.stack([positive_scale(layer.act_scale.detach()).squeeze(0) for layer in layers]), code_range
             )
-        return self
 
     def quantize_input_(self, scale: Tensor, code_range: tuple[int, int]) -> None:
         """Work on integer activations from now on, with scales float32 [M] for codes in `code_range`."""

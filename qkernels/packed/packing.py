@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantize.convert import quantized_layers
+from ..quantize.layers import quantized_layers
 from ..quantize.registry import QUANTIZED_TYPES
 from .answers import called, difference, joined
 from .examples import Example, fresh, other_sizes
 from .float_layers import StackedConv2d, StackedLinear
-from .forms import NOTHING_IN_EVAL, know_libraries, layer_of
+from .forms import NOTHING_IN_EVAL, forward_of, know_libraries, layer_of
 from .fusion import FusionReport, fuse_
 from .in_turn import HOOKS, MembersInTurn, pack_layers_
 from .kinds import ProgramError
@@ -24,6 +24,7 @@ from .program import Program
 from .program_file import program_json, read_program
 from .stacking import stack_traces
 from .tracing import CannotStack, Trace, Tracer
+from .weights import PackedWeight
 
 TOLERANCE = 1e-4  # of the largest logit
 TOLERANCE_OF_CODES = 0.3  # where activations are rounded: a sum in another order may take one to the next of few codes
@@ -84,7 +85,7 @@ def _side_by_side(
     if not apart <= _tolerance(models, example):
         raise CannotStack(f"side by side the answers differ by {apart:.1e} of the largest logit")
     for name, module in program.layers().items():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, PackedLayer | PackedWeight):
             report.packed.append(name)
         elif isinstance(module, StackedConv2d | StackedLinear):
             report.floating.append(name)
@@ -119,7 +120,7 @@ def _in_turn(models: Sequence[nn.Module], example: Example, reason: str) -> tupl
 
 
 def _traced(model: nn.Module, x: Tensor, fixed: bool) -> Trace:
-    return Tracer(layer_of, tuple(NOTHING_IN_EVAL), fixed).run(fresh(model), x)
+    return Tracer(layer_of, forward_of, tuple(NOTHING_IN_EVAL), fixed).run(fresh(model), x)
 
 
 def _answers(models: Sequence[nn.Module], inputs: Any) -> Any:

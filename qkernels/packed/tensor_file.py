@@ -79,7 +79,7 @@ class TensorFile:
         return self._digest.hexdigest()
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors, each in memory of its own, aligned as PyTorch's are: kernels add in an order that hangs on it."""
+        """All tensors, each in memory of its own that is aligned as any: kernels add in an order that hangs on it."""
         in_file = sorted(self.entries.items(), key=lambda item: item[1].begin)
         return {name: self._tensor(entry) for name, entry in in_file}
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from ..quantize.reading import weights_read_by
 from .steps import mapped
 from .targets import ASSERTIONS, CASTS, COPIES, READS, canonical, changed_argument
 
@@ -33,12 +34,14 @@ class Trace:
     Attributes:
         graph: its nodes; `node.meta["shape"]` has the shape of a tensor.
         constants: the target of a `get_attr` node -> its tensor.
+        weights: the targets of those that are weights of quantized layers -> the layer.
         decisions: what was asked of sizes, and the answers: for other images they may be others.
         answer: what the model gave.
     """
 
     graph: fx.Graph
     constants: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
     decisions: list[tuple[str, int, bool]] = field(default_factory=list)
     answer: Any = None
 
@@ -113,19 +116,28 @@ class Tracer(TorchFunctionMode):
     Args:
         layer_of: of a module that is recorded as one node what it computes, and the names of its children that follow;
             None where what happens in it is recorded.
+        forward_of: of a module that is not, what it computes, where its own forward does not show that.
         skipped: types of modules that do nothing.
         fixed: whether what is made of sizes alone, such as a range of numbers, is a constant.
     """
 
-    def __init__(self, layer_of: Callable[[nn.Module], Layer | None], skipped: tuple[type, ...], fixed: bool) -> None:
+    def __init__(
+        self,
+        layer_of: Callable[[nn.Module], Layer | None],
+        forward_of: Callable[[nn.Module], Callable[..., Any] | None],
+        skipped: tuple[type, ...],
+        fixed: bool,
+    ) -> None:
         super().__init__()
-        self.layer_of, self.skipped, self.fixed = layer_of, skipped, fixed
+        self.layer_of, self.forward_of, self.skipped, self.fixed = layer_of, forward_of, skipped, fixed
         self.trace = Trace(fx.Graph())
         self.graph = self.trace.graph
         self.paused = False
         self.nodes: dict[int, fx.Node] = {}  # by the ids of tensors, which are kept for as long
         self.stale: set[int] = set()
         self.kept: list[Tensor] = []
+        self.names: dict[nn.Module, str] = {}
+        self.weights: dict[nn.Module, Tensor] = {}  # as read, of quantized layers
 
     def run(self, model: nn.Module, x: Tensor) -> Trace:
         """Trace a model in eval mode that nobody else uses: its layers' forwards are replaced.
@@ -135,14 +147,17 @@ class Tracer(TorchFunctionMode):
         """
         self.enter(x, self.graph.placeholder("x"))
         for name, module in model.named_modules():
+            self.names[module] = name
             if type(module) in self.skipped:
                 module.forward = _first  # type: ignore[method-assign]
             elif (layer := self.layer_of(module)) is not None:
                 recorded = partial(self.call_layer, name, layer[0])
                 followers = [module.get_submodule(child) for child in layer[1]]
                 module.forward = partial(_in_order, [recorded, *followers])  # type: ignore[method-assign]
+            elif (forward := self.forward_of(module)) is not None:
+                module.forward = forward  # type: ignore[method-assign]
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), weights_read_by(self.read), self:
                 answer = model(x)
             if not isinstance(answer, Tensor):
                 raise CannotStack(f"its answer is a {type(answer).__name__}, not one tensor")
@@ -153,7 +168,7 @@ class Tracer(TorchFunctionMode):
             lines = str(error).strip().splitlines()
             raise CannotStack(f"it cannot be traced: {lines[0] if lines else type(error).__name__}") from error
         self.trace.answer = answer
-        _remove_unused(self.graph)
+        remove_unused(self.graph)
         return self.trace
 
     # Tensors and their nodes -------------------------------------------------------------------------------------
@@ -174,6 +189,16 @@ class Tracer(TorchFunctionMode):
             node = self.graph.create_node("get_attr", name)
             self.enter(t, node)
         return self.nodes[id(t)]
+
+    def read(self, layer: Any) -> Tensor:
+        """The quantized weight of a layer, for what does not call the layer: a constant that knows whose it is."""
+        if layer not in self.weights:
+            weight = layer.quantized_weight().detach()
+            name = f"{self.names[layer]}.{layer.weight_name}"
+            self.weights[layer], self.trace.weights[name] = weight, self.names[layer]
+            self.trace.constants[name] = weight
+            self.enter(weight, self.graph.create_node("get_attr", name))
+        return self.weights[layer]
 
     def nodes_in(self, arguments: Any) -> Any:
         """Arguments with nodes in the places of tensors and sizes."""
@@ -315,7 +340,8 @@ def _tensors(value: Any) -> bool:
     return bool(found)
 
 
-def _remove_unused(graph: fx.Graph) -> None:
+def remove_unused(graph: fx.Graph) -> None:
+    """Remove what nobody uses: all that is recorded computes something, and does nothing else."""
     for node in reversed(graph.nodes):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)

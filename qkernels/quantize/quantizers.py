@@ -1,12 +1,12 @@
 """How a tensor is quantized: the range of codes, the scale's start, its gradient factor, and its guard.
 
 A quantizer is a description; the layer that it serves owns the scale, so that `conv1.weight_scale` stands beside
-`conv1.weight` in the state dict.
+`conv1.weight` in the state dict. Scales have one dimension, also where there is but one: FSDP shards no others.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,12 +29,12 @@ def code_range(bits: int, signed: bool = True, narrow: bool = False) -> tuple[in
 
 
 def init_scale(x: Tensor, qmax: int, axis: int | None = None) -> Tensor:
-    """LSQ's first scale, 2 mean|x| / sqrt(qmax): float32 [C] along `axis`, or 0-d without one.
+    """LSQ's first scale, 2 mean|x| / sqrt(qmax): float32 [C] along `axis`, or [1] without one.
 
     A channel of zeros starts at the mean of the other channels' scales, and a tensor of zeros at 1, so that no scale
     starts at 0. Source: Esser et al. 2020.
     """
-    return scale_of_mean(mean_abs(x, axis), qmax)
+    return scale_of_mean(mean_abs(x, axis), qmax).reshape(-1)
 
 
 def scale_of_mean(mean: Tensor, qmax: int) -> Tensor:
@@ -65,6 +65,7 @@ class LSQ:
         learn_scale: False keeps the scale where it started (straight-through estimator only).
         grad_scale: the N of the gradient factor 1 / sqrt(qmax * N): elements of the whole "tensor" (as QT-DoG does,
             also per channel), elements that share a "scale" (the LSQ paper), or "none" for a factor of 1.
+        channel_axis: the weight's dimension that counts output channels; layers see to it.
 
     Source: Esser et al. 2020; QT-DoG Eq. 1-3.
     """
@@ -74,6 +75,7 @@ class LSQ:
     narrow: bool = False
     learn_scale: bool = True
     grad_scale: GradScale = "tensor"
+    channel_axis: int = 0
 
     @property
     def range(self) -> tuple[int, int]:
@@ -83,7 +85,7 @@ class LSQ:
     @property
     def axis(self) -> int | None:
         """The weight's dimension with one scale an index; None for one scale in all."""
-        return 0 if self.granularity == "channel" else None
+        return self.channel_axis if self.granularity == "channel" else None
 
     def grad_factor(self, weight: Tensor) -> float:
         """What the gradient of the scale is multiplied by, see `grad_scale`."""
@@ -91,11 +93,11 @@ class LSQ:
             return 1.0
         elements = weight.numel()
         if self.grad_scale == "scale" and self.granularity == "channel":
-            elements //= weight.shape[0]
+            elements //= weight.shape[self.channel_axis]
         return 1 / math.sqrt(self.range[1] * elements)
 
     def init_scale(self, weight: Tensor) -> Tensor:
-        """The scale to start from: [C] or 0-d, in the dtype of `weight`."""
+        """The scale to start from: [C] or [1], in the dtype of `weight`."""
         return init_scale(weight, self.range[1], self.axis).to(weight.dtype)
 
     def __call__(self, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -121,21 +123,24 @@ class INQ:
     bits: int = 7
     granularity: Granularity = "tensor"
     learn_scale: bool = False
+    channel_axis: int = 0
 
     @property
     def axis(self) -> int | None:
         """The weight's dimension with one scale an index; None for one scale in all."""
-        return 0 if self.granularity == "channel" else None
+        return self.channel_axis if self.granularity == "channel" else None
 
     def init_scale(self, weight: Tensor) -> Tensor:
-        """2^n1, [C] or 0-d, in the dtype of `weight`; 1 where all weights are 0."""
+        """2^n1, [C] or [1], in the dtype of `weight`; 1 where all weights are 0."""
         magnitude = weight.detach().abs()
-        largest = magnitude.amax() if self.axis is None else magnitude.flatten(1).amax(1)
+        by_scale = magnitude.reshape(1, -1) if self.axis is None else magnitude.movedim(self.axis, 0).flatten(1)
+        largest = by_scale.amax(1)
         return torch.where(largest > 0, nearest_power_of_two(largest), 1)
 
     def snap(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The level nearest to each weight (of two equally near, the larger), in the weight's shape and dtype."""
-        top = scale if self.axis is None else scale.reshape(-1, *[1] * (weight.dim() - 1))
+        after = weight.dim() - 1 - (self.axis or 0)
+        top = scale if self.axis is None else scale.reshape(-1, *[1] * after)
         least = torch.ldexp(top, torch.tensor(2 - 2 ** (self.bits - 1), device=weight.device))
         magnitude = weight.detach().abs()
         level = torch.minimum(torch.maximum(nearest_power_of_two(magnitude), least), top)
@@ -174,5 +179,20 @@ class ActivationLSQ:
         nor its split over processes changes the scale's gradient.
         """
         qmin, qmax = range
+        if torch.compiler.is_compiling():  # whose sizes may stand for many: no number may be made of them
+            return fake_quantize(x, _ByFeatures.apply(scale, x), qmin, qmax, None, 1 / math.sqrt(qmax), out_dtype)
         features = max(math.prod(x.shape[1:]), 1)
         return fake_quantize(x, scale, qmin, qmax, None, 1 / math.sqrt(qmax * features), out_dtype)
+
+
+class _ByFeatures(torch.autograd.Function):
+    """A scale, whose gradient is divided by the root of the features of one sample of x."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, x: Tensor) -> Tensor:
+        ctx.features = math.prod(x.shape[1:])
+        return scale.view_as(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * torch.full_like(grad, ctx.features).clamp(min=1).rsqrt(), None

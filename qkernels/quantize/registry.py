@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
-from .layers import QConv2d, QLinear, QuantizedLayer
+from .layers import QuantizedLayer
+from .torch_layers import TYPES
 
 Pack = Callable[[Sequence[Any]], nn.Module]  # one quantized layer a member -> one packed layer for all of them
 
-QUANTIZED_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Conv2d: QConv2d, nn.Linear: QLinear}
+QUANTIZED_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = dict(TYPES)
 PACKED_FORMS: dict[type[nn.Module], Pack] = {}
 
 
@@ -20,9 +23,10 @@ def register_layer(float_type: type[nn.Module], quantized_type: type[QuantizedLa
     """Let `quantize_` turn layers of exactly `float_type` into `quantized_type`, and `PackedEnsemble` pack those.
 
     Args:
-        quantized_type: derives from `QuantizedLayer` and `float_type`, in this order, has the class attribute
-            `float_type`, and in its forward takes `self.quantized_weight()` where the float type uses `self.weight`,
-            and `self.quantized_input(x)` for x; `timm_layers.py` shows one.
+        quantized_type: derives from `QuantizedLayer` and `float_type`, in this order, and has the class attribute
+            `float_type`. Its forward is `QuantizedLayer`'s: that of the float type, which reads the quantized weight as
+            `self.weight`. Where the weight is quantized only after something is made of it, `float_weight` says of
+            what; `timm_layers.py` shows both.
         pack: one quantized layer a member to a PackedConv2d or PackedLinear that computes the same, as
             `PackedConv2d.from_layers` does; without it such layers cannot be packed. Where such a layer stays float,
             the members of an ensemble run in turn.
@@ -44,9 +48,40 @@ def register_layer(float_type: type[nn.Module], quantized_type: type[QuantizedLa
 
 
 def quantized_type(module: nn.Module) -> type[QuantizedLayer] | None:
-    """What `quantize_` makes of a module; None if nothing."""
+    """What `quantize_` makes of a module, or has made; None if nothing."""
     if "timm.layers" in sys.modules:
-        from .timm_layers import Conv2dSame, QConv2dSame
+        from . import timm_layers
 
-        QUANTIZED_TYPES.setdefault(Conv2dSame, QConv2dSame)  # what a user registered stays
+        for float_type, kind in timm_layers.TYPES.items():
+            QUANTIZED_TYPES.setdefault(float_type, kind)  # what a user registered stays
+    if isinstance(module, QuantizedLayer):
+        return type(module)
     return QUANTIZED_TYPES.get(type(module))
+
+
+def why_float(module: nn.Module) -> str | None:
+    """Why a module that has a matrix or a kernel cannot be quantized; None if it can, or has none."""
+    kind = quantized_type(module)
+    name = type(module).__name__
+    if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+        return f"{name} does not know its size yet: run a batch through the model first"
+    if parametrize.is_parametrized(module):
+        bases = [base.__name__ for base in QUANTIZED_TYPES if isinstance(module, base)]
+        if bases:
+            return "its weight is computed from others: torch.nn.utils.parametrize.remove_parametrizations it first"
+    if kind is not None:
+        weight = module._parameters.get(kind.weight_name)
+        if weight is not None:
+            return None
+        if isinstance(module, nn.MultiheadAttention):
+            return "queries, keys and values have projections of their own (kdim, vdim)"
+        return (
+            "its weight is recomputed before each forward (pruning, weight_norm, spectral_norm): make that permanent "
+            "first"
+        )
+    if not any(p is not None and p.dim() >= 2 for p in module._parameters.values()):
+        return None
+    for base in QUANTIZED_TYPES:
+        if isinstance(module, base):
+            return f"{name} derives from {base.__name__} and may override its forward; see qkernels.register_layer"
+    return f"{name} has no quantized type"

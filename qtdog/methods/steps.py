@@ -158,7 +158,7 @@ class GAQAT(SAGM):
 
     def between_passes(self, model: nn.Module) -> None:
         scales = dict(qk.named_scales(unwrapped(model)))
-        if not scales:
+        if not scales or not any(layer.enabled for _, layer in qk.quantized_layers(unwrapped(model))):
             return
         if self.disorder is None:
             self.disorder = Disorder(list(scales), [scale.shape for scale in scales.values()])

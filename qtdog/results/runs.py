@@ -116,13 +116,14 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Mod
     card = read_card(folder)
     require(card.run.plugins, str(folder), unchanged=True)
     model = build_model(card.backbone, len(card.classes), card.image_shape[0], image_size=card.image_shape[-1])
-    if card.quantization is not None:
-        qk.quantize_(model, qk.QConfig.from_dict(card.quantization))
-        qk.fuse_weights_(model)
     weights = folder / "model.safetensors"
     try:
-        model.load_state_dict(safetensors.torch.load(read_sealed(weights)))
-    except (safetensors.SafetensorError, RuntimeError) as error:
+        state = safetensors.torch.load(read_sealed(weights))
+        if card.quantization is not None:
+            qk.quantize_(model, qk.QConfig.from_dict(card.quantization))
+            qk.fuse_weights_(model)
+        model.load_state_dict(state)
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"{weights} is damaged, or not that of the model.json beside it: {one_line(error)}") from error
     return model.to(device).to(memory_format=torch.channels_last).eval()
 

@@ -37,24 +37,30 @@ from qtdog.training.evaluation import accuracy, domain_parts, evaluation_images,
 STATISTICS_BATCHES = 20
 
 
-def switch(model: nn.Module, optimizer: torch.optim.Optimizer, quantization: Quantization) -> qk.QuantizationReport:
-    """From now on `model` trains through quantized weights, and `optimizer` also trains their scales.
+def prepare(model: nn.Module, quantization: Quantization) -> qk.QuantizationReport:
+    """Give `model` the quantized layers and scales that it will have from the switch on; until then all is float.
 
-    The weights stay the same Parameters. (The code published with QT-DoG made new ones, which no optimizer knew: after
-    its switch neither weights nor scales were trained. That is `rtn-frozen`: the layers that are quantized are not
-    trained any more; `frozen-backbone` leaves them as they are, float.)
+    So optimizer, averages and wrappers know all Parameters from the start, and the weights stay the same ones. (The
+    code published with QT-DoG made new ones at its switch, which no optimizer knew: neither weights nor scales were
+    trained any more. That is `rtn-frozen`: the layers that are quantized are not trained from then on;
+    `frozen-backbone` leaves them as they are, float.)
 
     Returns:
-        What was quantized, or would have been.
+        What will be quantized, or would be.
     """
     quantized = model if quantization.makes_codes else copy.deepcopy(model)
-    report = qk.quantize_(quantized, quantization.qconfig())
+    report = qk.quantize_(quantized, quantization.qconfig(), enabled=False)
+    qk.fuse_weights_(model)
+    return report
+
+
+def switch(model: nn.Module, quantization: Quantization, report: qk.QuantizationReport) -> None:
+    """From now on `model` trains through quantized weights, or not at all where it is to be frozen."""
+    if quantization.makes_codes:
+        qk.enable_(model)
     if quantization.qat_mode != "qat":
         for layer in report.quantized:
             model.get_submodule(layer.name).requires_grad_(False)
-    qk.fuse_weights_(model)
-    qk.add_scales_(optimizer, model, lr=quantization.scale_lr)
-    return report
 
 
 def may_be_selected(run: RunConfig, step: int) -> bool:
@@ -64,7 +70,9 @@ def may_be_selected(run: RunConfig, step: int) -> bool:
 
 def scale_sizes(model: nn.Module) -> list[tuple[str, float, float, float]]:
     """Name, mean, least and greatest element of each learned scale as it is used, without its sign; in model order."""
-    sizes = ((name, scale.detach().abs()) for name, scale in qk.named_scales(model))
+    enabled = {name for name, layer in qk.quantized_layers(model) if layer.enabled}
+    scales = qk.named_scales(model)
+    sizes = ((name, scale.detach().abs()) for name, scale in scales if name.rpartition(".")[0] in enabled)
     return [(name, size.mean().item(), size.min().item(), size.max().item()) for name, size in sizes]
 
 
@@ -151,9 +159,13 @@ class Trainer:
         size = dataset.image_shape[-1]
         model = build_model(run.backbone, len(dataset.classes), channels, run.weights, run.dropout, self.log, size)
         self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.network = synchronized(self.model)  # what is trained: the same model, in one or several processes
         self.float_nbytes = qk.packed_nbytes(model)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+        quantization = run.quantization
+        self.quantized = prepare(self.model, quantization) if quantization else None  # what is, from the switch on
+        # What is trained: the same model, in one or several processes.
+        self.network = synchronized(self.model, some_unused=quantization is not None)
+        scale_lr = quantization.scale_lr if quantization else None
+        self.optimizer = torch.optim.Adam(qk.param_groups(model, run.lr, run.weight_decay, scale_lr))
         self.loss = LOSSES[self.method.loss](**run.loss)
         self.take_step = STEPS[self.method.step](**run.step)
         self.averaging = AVERAGING[self.method.averaging](**run.averaging)
@@ -220,8 +232,7 @@ class Trainer:
         if quantization is None:
             return
         if step == quantization.switch_step:
-            report = switch(self.model, self.optimizer, quantization)
-            self.network = synchronized(self.model)
+            report = self.switch(quantization)
             what = "quantized" if quantization.makes_codes else "frozen"
             kept = ", ".join(report.skipped) or "none"
             self.log(f"step {step}: {len(report.quantized)} layers {what}, float layers: {kept}")
@@ -229,6 +240,13 @@ class Trainer:
         if step in snaps:
             qk.snap_(self.model, snaps[step])
             self.log(f"step {step}: {snaps[step]:.1%} of the weights frozen at powers of two")
+
+    def switch(self, quantization: Quantization) -> qk.QuantizationReport:
+        """Begin to quantize; all scales have gradients now, and frozen weights none."""
+        assert self.quantized is not None
+        switch(self.model, quantization, self.quantized)
+        self.network = synchronized(self.model)
+        return self.quantized
 
     def train_on(self, batch: list[tuple[Tensor, Tensor]], step: int) -> float:
         """One update; returns the loss before it."""
@@ -337,10 +355,15 @@ class Trainer:
                 f"{self.folder} was trained on other data ({stored['data']['source']}, not {self.dataset.source}): "
                 "bring that back, or start again with --overwrite"
             )
+        makes_codes = self.run.quantization is not None and self.run.quantization.makes_codes
+        if makes_codes and not any(name.endswith("_extra_state") for name in stored["model"]):
+            raise UserError(
+                f"{self.folder} was begun by an earlier version of qtdog: finish it with that, or start it again with "
+                "--overwrite"
+            )
         self.start = stored["step"] + 1
         if self.run.quantization and self.start > self.run.quantization.switch_step:
-            switch(self.model, self.optimizer, self.run.quantization)
-            self.network = synchronized(self.model)
+            self.switch(self.run.quantization)
         self.model.load_state_dict(stored["model"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.take_step.load_state_dict(stored["step_rule"])

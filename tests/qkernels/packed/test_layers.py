@@ -10,7 +10,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.ops.packing import packed_bytes
-from qkernels.packed.forms import pack
+from qkernels.packed.forms import know_libraries, stack
 from qkernels.packed.packed_layer import quantize_members, runs_of
 from qkernels.quantize.codes import weight_codes
 from qkernels.quantize.quantizers import INQ, LSQ, ActivationLSQ
@@ -98,12 +98,13 @@ def test_only_convolutions_of_images_are_packed_as_such():
 
 def test_timm_s_padding_depends_on_the_image():
     timm_layers = pytest.importorskip("timm.layers")
+    know_libraries()
     layers = []
     for _ in range(2):
         model = nn.Sequential(timm_layers.Conv2dSame(3, 8, 3, stride=2))
         qk.quantize_(model, qk.QConfig(last_layer="same"))
         layers.append(model[0])
-    packed = pack(layers, "0")
+    packed = stack(layers)
     for size in (7, 8):
         x = torch.randn(2, 2, 3, size, size + 1)
         assert_near(packed(x), in_turn(layers, x, shared=False))

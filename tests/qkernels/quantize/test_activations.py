@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels.quantize.convert import quantized_layers, scales
+from qkernels.quantize.layers import quantized_layers
+from qkernels.quantize.optimizers import scales
 from two_processes import in_two_processes
 
 W4A4 = qk.QConfig(weight_bits=4, act_bits=4, granularity="tensor", first_layer=8, last_layer=8)
@@ -48,7 +49,7 @@ def test_first_batch_decides_sign_and_scale():
     for name, layer in quantized_layers(model):
         expected = 2 * np.abs(inputs[name].detach().numpy().astype(np.float64)).mean() / math.sqrt(ranges[name][1])
         assert layer.act_scale.item() == pytest.approx(expected, rel=1e-6)
-        assert layer.act_scale.shape == () and layer.act_signed.item() == (ranges[name][0] < 0)
+        assert layer.act_scale.shape == (1,) and layer.act_signed.item() == (ranges[name][0] < 0)
     before = [s.item() for s in scales(model)]
     model(100 * batch())
     assert [s.item() for s in scales(model)] == before
@@ -87,11 +88,44 @@ def test_forward_and_lsq_gradient_against_numpy(low):
     assert 0 < inside.mean() < 1  # or a part of the equation was not tested
 
 
-def test_eval_before_the_first_batch_is_one_clear_error():
+def test_before_the_first_batch_inputs_are_float_in_eval_mode_and_one_warning_says_so():
+    """As in Lightning's sanity check, which validates before it trains."""
+    model, x = net(), batch()
+    qk.quantize_(model, W4A4)
+    with pytest.warns(UserWarning, match="evaluated before the first training batch") as caught:
+        y = model.eval()(x)
+    assert len({str(warning.message) for warning in caught}) == 1
+    weights_alone = net()
+    qk.quantize_(weights_alone, qk.QConfig(weight_bits=4, granularity="tensor", first_layer=8, last_layer=8))
+    assert torch.equal(y, weights_alone.eval()(x))
+    assert all(layer.act_range is None for _, layer in quantized_layers(model))
+
+
+@pytest.mark.parametrize("first", [torch.empty(0, 3, 8, 8), torch.full((2, 3, 8, 8), torch.nan)])
+def test_a_batch_that_is_empty_or_not_finite_does_not_decide(first):
+    layer = nn.Conv2d(3, 4, 3)
+    qk.quantize_(layer, qk.QConfig(act_bits=4))
+    layer(first)
+    assert layer.act_range is None and layer.act_scale.item() == 1
+    layer(batch())
+    assert layer.act_range is not None and layer.act_scale.isfinite().all() and layer.act_scale.item() != 1
+
+
+def test_a_copy_made_before_the_first_batch_starts_with_its_source():
+    """An average of the weights (EMA) only ever evaluates: it must not average the scale from a placeholder."""
     model = net()
     qk.quantize_(model, W4A4)
-    with pytest.raises(RuntimeError, match="QConv2d: the scale of its input is not initialized: run a training batch"):
-        model.eval()(batch())
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    twice = copy.deepcopy(averaged)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(3):
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    for copied in (averaged, twice):
+        assert copied.eval()(batch()).isfinite().all()
+        for (_, own), (_, layer) in zip(quantized_layers(copied), quantized_layers(model), strict=True):
+            assert own.act_range == layer.act_range and 0.5 < (own.act_scale / layer.act_scale).item() < 2
 
 
 def test_optimizers_hold_the_scales_from_the_start():

@@ -184,7 +184,7 @@ def test_averaged_model_is_quantize_of_the_mean_latent():
         model(x).square().mean().backward()
         optimizer.step()
         rule.update(model, step)
-        latents.append(model[0].weight.detach().clone().double())
+        latents.append(model[0].latent_weight.detach().clone().double())
         scales.append(model[0].weight_scale.detach().clone().double())
     model.eval()
     expected_output, before = model(x), {k: v.clone() for k, v in model.state_dict().items()}

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,39 +44,35 @@ def membership(model, optimizer):
     return {name: known.count(id(p)) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def published_switch(model, optimizer, quantization):
+def published_switch(model):
     """What the released QT-DoG code does: quantized layers with NEW Parameters, and the old optimizer."""
-    qk.quantize_(model, quantization.qconfig())
+    qk.enable_(model)
     for module in model.modules():
         if isinstance(module, qk.QConv2d):
-            module.weight = nn.Parameter(module.weight.detach().clone())
+            module.weight = nn.Parameter(module.latent_weight.detach().clone())
+            module.weight_scale = nn.Parameter(module.weight_scale.detach().clone())
 
 
-@pytest.mark.parametrize("switch", [trainer.switch, published_switch])
-def test_all_parameters_are_trained_after_the_switch(switch):
+@pytest.mark.parametrize("published", [False, True])
+def test_all_parameters_are_trained_after_the_switch(published):
     model = MNIST_CNN(1, 10)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    report = trainer.prepare(model, QUANTIZATION)
+    optimizer = torch.optim.Adam(qk.param_groups(model, lr=1e-3))
     steps(model, optimizer, 2)
-    switch(model, optimizer, QUANTIZATION)
+    if published:
+        published_switch(model)
+    else:
+        trainer.switch(model, QUANTIZATION, report)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert sum(name.endswith("weight_scale") for name in before) == 4
     steps(model, optimizer, 3)
     once = {name for name, times in membership(model, optimizer).items() if times == 1}
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     stuck = {f"conv{i}.weight{suffix}" for i in (1, 2, 3, 4) for suffix in ("", "_scale")}
-    if switch is trainer.switch:
-        assert once == moved == set(before)
-    else:  # the test can tell the published behavior
+    if published:  # the test can tell the published behavior
         assert once == moved == set(before) - stuck
-
-
-def test_scales_have_their_own_rate_and_no_decay():
-    model = MNIST_CNN(1, 10)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
-    trainer.switch(model, optimizer, replace(QUANTIZATION, scale_lr=3e-6))
-    weights, scales = optimizer.param_groups
-    assert (weights["lr"], weights["weight_decay"]) == (1e-3, 0.1)
-    assert (scales["lr"], scales["weight_decay"], len(scales["params"])) == (3e-6, 0, 4)
+    else:
+        assert once == moved == set(before)
 
 
 def test_erm_is_the_mean_over_all_domains_images():
@@ -205,6 +200,32 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(digits_dir, tmp_
     assert "continue with --resume" in capsys.readouterr().err
     assert main(quick(digits_dir, tmp_path, "--steps", "6", "--resume")) == 0
     assert [r["step"] for r in records(folder)] == list(range(6))
+
+
+@pytest.mark.slow
+def test_a_run_that_an_earlier_version_began_is_refused(digits_dir, tmp_path, capsys, monkeypatch):
+    """Its optimizer knows no scales before the switch, and its scales have no dimension."""
+    flags = quick(digits_dir, tmp_path, "--method", "qtdog", "--steps", "6", "--switch-step", "4")
+    train_on, read = trainer.Trainer.train_on, trainer.read_checkpoint
+
+    def stopping(self, batch, step):
+        if step == 3:
+            raise UserError("stopped")
+        return train_on(self, batch, step)
+
+    def earlier(folder, log):
+        stored = read(folder, log)
+        stored["model"] = {n: t for n, t in stored["model"].items() if not n.endswith(("scale", "_extra_state"))}
+        return stored
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_on", stopping)
+        assert main(flags) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "read_checkpoint", earlier)
+        assert main([*flags, "--resume"]) == 2
+    assert "was begun by an earlier version of qtdog" in capsys.readouterr().err
+    assert main([*flags, "--resume"]) == 0
 
 
 @pytest.mark.slow
