@@ -28,8 +28,10 @@ from .elements import MOST_PARTS
 from .kinds import ProgramError, shown
 from .methods import METHODS
 from .values import (
+    DEVICE,
     DIM,
     DIMS,
+    DTYPE,
     FLAG,
     INDEX,
     INTEGER,
@@ -138,7 +140,7 @@ _ADAPTIVE: dict[str, Any] = {
     "input": TENSOR,
     "output_size": pair(INTEGER | NOTHING),
 }
-_FACTORY: dict[str, Any] = {"dtype": NOTHING, "device": NOTHING}
+_FACTORY: dict[str, Any] = {"dtype": DTYPE | NOTHING, "device": DEVICE | NOTHING}
 
 FUNCTIONS: dict[str, Call] = {
     "add": _arithmetic(operator.add, OPERAND | SHAPE),
@@ -157,7 +159,7 @@ FUNCTIONS: dict[str, Call] = {
     "neg": Call(operator.neg, lambda a: a.result, form=pointwise, a=TENSOR | COMPUTED),
     "matmul": Call(operator.matmul, required=2, elements=count.multiplied, form=multiplied, a=TENSOR, b=TENSOR),
     "getitem": Call(operator.getitem, _of_item, 2, form=item, a=TENSOR | SHAPE | TENSORS, b=INDEX),
-    "getattr": Call(getattr, "shape", 2, form=alone, object=TENSOR, name=one_of("shape")),
+    "getattr": Call(getattr, lambda object, name: name, 2, form=alone, object=TENSOR, name=one_of("shape", "device")),
     "cat": Call(torch.cat, form=concatenated, tensors=TENSORS | several(TENSOR, MOST_PARTS), dim=DIM),
     "stack": Call(torch.stack, form=stacked, tensors=TENSORS | several(TENSOR, MOST_PARTS), dim=DIM),
     "where": Call(
@@ -173,6 +175,15 @@ FUNCTIONS: dict[str, Call] = {
         torch.einsum, required=2, elements=count.contracted, equation=EQUATION, operands=TENSOR, rest=TENSOR
     ),
     "arange": Call(torch.arange, elements=count.counted, start=NUMBER, end=NUMBER, **_FACTORY),
+    "linspace": Call(
+        torch.linspace,
+        required=3,
+        elements=lambda start, end, steps, **_: steps,
+        start=NUMBER,
+        end=NUMBER,
+        steps=INTEGER,
+        **_FACTORY,
+    ),
     "zeros": Call(torch.zeros, elements=count.sized, size=INTEGER | SIZES, rest=INTEGER, **_FACTORY),
     "ones": Call(torch.ones, elements=count.sized, size=INTEGER | SIZES, rest=INTEGER, **_FACTORY),
     "adaptive_avg_pool2d": Call(F.adaptive_avg_pool2d, required=2, **_ADAPTIVE),

@@ -100,8 +100,9 @@ def _in_turn(models: Sequence[nn.Module], example: Example, reason: str) -> tupl
         ValueError: if their packed layers do not answer as the models' own.
     """
     program = MembersInTurn([pack_layers_(fresh(model)) for model in models])
-    packed = [name for name, _ in quantized_layers(models[0])]
-    floating = [name for name, layer in models[0].named_modules() if type(layer) in QUANTIZED_TYPES]
+    layers = dict(program.members[0].named_modules())
+    packed = [name for name, layer in layers.items() if isinstance(layer, PackedLayer)]
+    floating = [name for name, layer in layers.items() if type(layer) in QUANTIZED_TYPES]
     inputs = example.inputs()
     report = FusionReport(packed, floating, in_turn=reason, verified="not verified: no inputs are known that it takes")
     if inputs:

@@ -38,6 +38,7 @@ from .values import (
     several,
     value_json,
 )
+from .weights import PackedWeight
 
 MOST_NODES = 10_000
 MOST_RESULTS = 1024  # at the same time
@@ -79,6 +80,7 @@ LAYERS: dict[str, type[LayerKind]] = {
         StackedNorm,
         StackedConstant,
         SharedConstant,
+        PackedWeight,
         Repeat,
     )
 }

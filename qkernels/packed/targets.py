@@ -44,12 +44,16 @@ REVERSED: dict[str, Any] = {
     "__rmatmul__": operator.matmul,
 }
 RENAMED = {
+    "__and__": "logical_and",  # of truth values; other bits have no place in a network
+    "__invert__": "logical_not",
+    "__or__": "logical_or",
+    "absolute": "abs",
+    "bitwise_not": "logical_not",
+    "clip": "clamp",
     "concat": "cat",
     "concatenate": "cat",
     "swapaxes": "transpose",
     "swapdims": "transpose",
-    "absolute": "abs",
-    "clip": "clamp",
 }
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool"})
 # What gives the values that it takes.

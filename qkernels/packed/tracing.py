@@ -282,6 +282,9 @@ class Tracer(TorchFunctionMode):
     def target(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """A call as a node's op, target and arguments."""
         op, target, args, kwargs = canonical(func, name, args, kwargs)
+        if kwargs.get("device") is not None:  # wherever the images will be
+            start = next(iter(self.graph.nodes))
+            kwargs = {**kwargs, "device": self.graph.call_function(getattr, (start, "device"))}
         return op, target, self.nodes_in(args), self.nodes_in(kwargs)
 
     def attribute(self, get: Any, t: Tensor) -> Any:

@@ -9,7 +9,7 @@ from .kinds import LARGEST_NUMBER, ProgramError, object_of, shown
 from .steps import Ref, mapped
 
 MOST_DIMS = 8
-Result = Literal["tensor", "tensors", "number", "shape"]
+Result = Literal["tensor", "tensors", "number", "shape", "device"]
 DTYPES = {
     str(t).removeprefix("torch."): t
     for t in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -146,6 +146,7 @@ def _index(value: Any) -> bool:
 TENSOR = Kind("a tensor", lambda v: v == Known("tensor"))
 TENSORS = Kind("several tensors", lambda v: v == Known("tensors"))
 SHAPE = Kind("a shape", lambda v: v == Known("shape"))
+DEVICE = Kind("a device", lambda v: v == Known("device"))
 FLAG = Kind("true or false", lambda v: type(v) is bool)
 NOTHING = one_of(None)
 REAL = Kind(f"a number within +-{LARGEST_NUMBER}", _real)
