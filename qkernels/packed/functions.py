@@ -313,9 +313,11 @@ FUNCTIONS: dict[str, Call] = {
         eps=REAL,
         out=NOTHING,
     ),
-    "softmax": Call(F.softmax, form=along(dim=0), input=TENSOR, dim=DIM, _stacklevel=whole(0, 16), dtype=NOTHING),
+    "softmax": Call(
+        F.softmax, form=along(dim=0), input=TENSOR, dim=DIM, _stacklevel=whole(0, 16), dtype=DTYPE | NOTHING
+    ),
     "log_softmax": Call(
-        F.log_softmax, form=along(dim=0), input=TENSOR, dim=DIM, _stacklevel=whole(0, 16), dtype=NOTHING
+        F.log_softmax, form=along(dim=0), input=TENSOR, dim=DIM, _stacklevel=whole(0, 16), dtype=DTYPE | NOTHING
     ),
     "glu": Call(F.glu, form=along(dim=-1), input=TENSOR, dim=DIM),
     "scaled_dot_product_attention": Call(
