@@ -44,12 +44,9 @@ def pack_models(models: Sequence[nn.Module], given: Any) -> tuple[nn.Module, Fus
         reason = "it takes more than one tensor"
     for shape, fixed in example.attempts():
         try:
-            program, report = _side_by_side(models, example, shape, fixed)
+            return _side_by_side(models, example, shape, fixed)
         except CannotStack as why:
             reason = reason if fixed else str(why)  # with more that is constant, what is wrong shows less well
-        else:
-            if program.image is None or shape == example.shapes[-1]:
-                return program, report
     return _in_turn(models, example, reason)
 
 
@@ -64,22 +61,25 @@ def _side_by_side(
     for model in models:
         _refuse_hooks(model)
     batches = [example.batch(shape, count) for count in (2, 3)]
-    traces = [_traced(model, batches[0], fixed) for model in models]
-    if not traces[0].same(_traced(models[0], batches[1], fixed)):
+    first = _traced(models[0], batches[0], fixed)
+    if not first.same(_traced(models[0], batches[1], fixed)):
         raise CannotStack("what it computes depends on the number of images")
+    image = None if _is_of_any_size(models[0], first, example, shape) else shape
+    if image is not None and shape != example.shapes[-1]:
+        raise CannotStack("what it computes depends on the size of the images")
+    traces = [first, *(_traced(model, batches[0], fixed) for model in models[1:])]
     graph = stack_traces(models, traces)
     report = FusionReport()
     fuse_(graph, report)
     try:
-        program = Program.from_graph(
-            graph, len(models), None if _is_of_any_size(models[0], traces[0], example, shape) else shape
-        )
+        program = Program.from_graph(graph, len(models), image)
         read_program(json.loads(json.dumps(program_json(program))), len(models), 2)
     except ProgramError as error:
         raise CannotStack(str(error)) from error
     try:
         with torch.no_grad():
-            apart = max(difference(program(x), _answers(models, x)) for x in batches)
+            answers = [program(x) for x in batches]
+        apart = _apart(answers, _answers(models, batches))
     except Exception as error:
         raise CannotStack(f"side by side it fails: {error}") from error
     if not apart <= _tolerance(models, example):
@@ -106,10 +106,10 @@ def _in_turn(models: Sequence[nn.Module], example: Example, reason: str) -> tupl
     inputs = example.inputs()
     report = FusionReport(packed, floating, in_turn=reason, verified="not verified: no inputs are known that it takes")
     if inputs:
+        expected = _answers(models, inputs)
         with torch.no_grad():
-            expected = [_answers(models, x) for x in inputs]
-            apart = max(difference(called(program, x), answer) for x, answer in zip(inputs, expected, strict=True))
-            again = max(difference(_answers(models, x), answer) for x, answer in zip(inputs, expected, strict=True))
+            apart = _apart([called(program, x) for x in inputs], expected)
+        again = _apart(_answers(models, inputs), expected)
         report.verified = _verified(inputs, apart)
         if again > 0:
             report.verified = "not verified: the members' answers differ from one time to the next"
@@ -124,8 +124,18 @@ def _traced(model: nn.Module, x: Tensor, fixed: bool) -> Trace:
     return Tracer(layer_of, forward_of, tuple(NOTHING_IN_EVAL), fixed).run(fresh(model), x)
 
 
-def _answers(models: Sequence[nn.Module], inputs: Any) -> Any:
-    return joined([called(fresh(model), inputs) for model in models])
+@torch.no_grad()
+def _answers(models: Sequence[nn.Module], inputs: Sequence[Any]) -> list[Any]:
+    """What the members answer to each input."""
+    by_member = []
+    for model in models:
+        copied = fresh(model)
+        by_member.append([called(copied, x) for x in inputs])
+    return [joined(answers) for answers in zip(*by_member, strict=True)]
+
+
+def _apart(answers: Sequence[Any], expected: Sequence[Any]) -> float:
+    return max(map(difference, answers, expected))
 
 
 def _is_of_any_size(model: nn.Module, trace: Trace, example: Example, shape: tuple[int, ...]) -> bool:

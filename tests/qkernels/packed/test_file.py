@@ -203,7 +203,7 @@ HOSTILE_CONFIGS = {
     "which is not there": lambda c: node(c, "layer").update(layer="conv9"),
     "'apply_', which is not on the list": lambda c: node(c, "method").update(method="apply_"),
     "function 'eval'": lambda c: node(c, "method").update(op="function", function="eval"),
-    "takes as name 'shape', not '__class__'": lambda c: node(c, "method").update(
+    "takes as name 'shape' or 'device', not '__class__'": lambda c: node(c, "method").update(
         op="function", function="getattr", args=[{"node": "x"}, "__class__"]
     ),
     "used before it is made": lambda c: node(c, "layer").update(args=[{"node": "later"}]),
