@@ -58,6 +58,10 @@ RENAMED = {
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool"})
 # What gives the values that it takes.
 COPIES = frozenset({"contiguous", "clone", "detach", "alias", "requires_grad_", "cpu", "cuda", "lift_fresh"})
+# What takes of a tensor its sizes at most.
+FACTORIES = frozenset(
+    {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
+)
 ASSERTIONS = (torch._assert,)
 # What tells values to Python.
 READS = frozenset(

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..quantize.reading import weights_read_by
 from .steps import mapped
-from .targets import ASSERTIONS, CASTS, COPIES, READS, canonical, changed_argument
+from .targets import ASSERTIONS, CASTS, COPIES, FACTORIES, READS, canonical, changed_argument
 
 Layer = tuple[Callable[..., Any], Sequence[str]]
 
@@ -253,6 +253,8 @@ class Tracer(TorchFunctionMode):
         if not self.of_images((args, kwargs)) or func in ASSERTIONS:
             return func(*plain_args, **plain_kwargs)
         name = getattr(func, "__name__", str(func))
+        if self.fixed and name in FACTORIES:
+            return func(*plain_args, **plain_kwargs)
         if name == "__get__":
             return self.attribute(func, args[0])
         if name in ("size", "numel"):
