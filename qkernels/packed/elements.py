@@ -157,3 +157,9 @@ def contracted(equation: str, *tensors: Any) -> int:
     terms = zip(inputs.split(","), operands, strict=True)
     size = {letter: n for term, t in terms for letter, n in zip(term, t.shape, strict=True)}
     return math.prod(size[letter] for letter in output) + 2 * elements_of(*operands)
+
+
+def grids(*tensors: Any, **_: Any) -> int:
+    """Of meshgrid: each as large as all of them span, should somebody write them out."""
+    axes = tensors[0] if isinstance(tensors[0], tuple | list) else tensors
+    return len(axes) * math.prod(t.numel() for t in axes)

@@ -186,6 +186,13 @@ FUNCTIONS: dict[str, Call] = {
     ),
     "zeros": Call(torch.zeros, elements=count.sized, size=INTEGER | SIZES, rest=INTEGER, **_FACTORY),
     "ones": Call(torch.ones, elements=count.sized, size=INTEGER | SIZES, rest=INTEGER, **_FACTORY),
+    "meshgrid": Call(
+        torch.meshgrid,
+        "tensors",
+        elements=count.grids,
+        tensors=TENSOR | several(TENSOR, 3),
+        indexing=one_of("ij", "xy"),
+    ),
     "adaptive_avg_pool2d": Call(F.adaptive_avg_pool2d, required=2, **_ADAPTIVE),
     "adaptive_max_pool2d": Call(F.adaptive_max_pool2d, required=2, **_ADAPTIVE),
     "avg_pool1d": Call(

@@ -97,7 +97,7 @@ class PackedConv2d(PackedLayer):
         `residual` [M, N, ...] is added before the activation and broadcasts to the result.
         """
         geometry, lead = self.geometry, self._lead(x.shape[:-3])
-        contiguous = self.keep_layout and x.is_contiguous()
+        contiguous = self.like_torch and x.is_contiguous()
         x = x.reshape(-1, *x.shape[-3:])
         residual = None if residual is None else residual.reshape(-1, *residual.shape[-3:])
         if self.tf_same:
@@ -164,7 +164,7 @@ class PackedLinear(PackedLayer):
         results = []
         for run in self.runs:
             packed = self.weight_packed[run.bytes].view(run.members.stop - run.members.start, -1)
-            bias = None if self.bias is None else self.bias[run.members]
+            bias = None if self.biases is None else self.biases[run.members]
             x = rows if self.shared else images_of(rows, self.members, run.members)
             scale = self.weight_scale[run.members]
             results.append(

@@ -210,7 +210,7 @@ def _members_in_turn(model: nn.Module, members: int, config: dict[str, Any], in_
         for name in names:
             layer = read[f"members.{member}.{name}"]
             assert isinstance(layer, PackedLayer)
-            put(copies[-1], copies[-1].get_submodule(name), layer.stand_alone_(keep_layout=config["version"] > 1))
+            put(copies[-1], copies[-1].get_submodule(name), layer.stand_alone_(like_torch=config["version"] > 1))
     return MembersInTurn(copies)
 
 

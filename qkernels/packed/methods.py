@@ -125,6 +125,8 @@ METHODS: dict[str, Call] = {
         _method("split", "tensors", 1, elements=count.parts, form=along(dim=0), split_size=LENGTHS, dim=DIM),
         _method("squeeze", form=squeezed, dim=DIMS),
         _method("sub", required=1, **_TWO, other=OPERAND, alpha=REAL),
+        _method("reshape_as", required=1, other=TENSOR),
+        _method("view_as", required=1, other=TENSOR),
         _method("t"),
         _method("to", form=pointwise, required=1, dtype=DTYPE),
         _method("transpose", required=2, form=along(dim0=0, dim1=0), dim0=DIM, dim1=DIM),

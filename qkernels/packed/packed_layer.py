@@ -79,7 +79,7 @@ class PackedLayer(LayerKind):
         input_range, output_range: of their codes.
         activation, shared: see `ops.packed_conv2d`.
         alone: whether it stands in a model of PyTorch's, as its only member: it takes and gives [N, ...].
-        keep_layout: see `stand_alone_`.
+        like_torch: see `stand_alone_`.
         float_dtype: of what an integer layer gives that does not give codes.
     """
 
@@ -107,7 +107,7 @@ class PackedLayer(LayerKind):
         self.input_range = (0, 255)
         self.output_range = (0, 255)
         self.float_dtype = torch.float32
-        self.alone = self.keep_layout = False
+        self.alone = self.like_torch = False
         self.register_buffer("weight_packed", torch.zeros(self.runs[-1].bytes.stop, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(self.members, out_channels))
         self.register_buffer("bias", torch.zeros(self.members, out_channels) if bias else None)
@@ -118,14 +118,22 @@ class PackedLayer(LayerKind):
     def members(self) -> int:
         return len(self.bits)
 
-    def stand_alone_(self, keep_layout: bool = True) -> "PackedLayer":
+    def stand_alone_(self, like_torch: bool = True) -> "PackedLayer":
         """Take the place of a layer in a model: what comes has no dimension of members. Returns self.
 
-        `keep_layout`: give contiguous images for contiguous ones, as the model may look at them through a view.
+        `like_torch`: have a bias [C_out], and give contiguous images for contiguous ones, since the model's code may
+        look at them. In files of version 1 such layers did not.
         """
         self.alone = self.shared = True
-        self.keep_layout = keep_layout
+        self.like_torch = like_torch
+        if like_torch and self.bias is not None:
+            self.bias = self.bias[0]
         return self
+
+    @property
+    def biases(self) -> Tensor | None:
+        """Of the members: [M, C_out]."""
+        return self.bias[None] if self.like_torch and self.bias is not None else self.bias
 
     @property
     def weight(self) -> Tensor:
@@ -226,7 +234,7 @@ class PackedLayer(LayerKind):
             images = x if shared else images_of(x, self.members, run.members)
             added = None if residual is None else images_of(residual, self.members, run.members)
             packed = self.weight_packed[run.bytes].view(run.members.stop - run.members.start, -1)
-            weights = (packed, self.weight_scale[run.members], _of(self.bias, run), run.bits, geometry)
+            weights = (packed, self.weight_scale[run.members], _of(self.biases, run), run.bits, geometry)
             if self.input_scale is None:
                 y = packed_conv2d(images, *weights, residual=added, shared=shared, activation=activation)
             else:
@@ -271,7 +279,7 @@ class PackedLayer(LayerKind):
             "weight_packed": Expected(torch.uint8, list(self.weight_packed.shape)),
             "weight_scale": Expected(torch.float32, by_channel),
             "weight_shape": Expected(torch.int64, [4]),
-            "bias": Expected(torch.float32, by_channel, optional=True),
+            "bias": Expected(torch.float32, by_channel[1:] if self.like_torch else by_channel, optional=True),
             **{name: Expected(torch.float32, by_member, optional=True) for name in scales},
         }
 

@@ -1,5 +1,6 @@
 """One graph for all members of an ensemble: each layer of the first becomes one that holds all members' tensors."""
 
+import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -55,9 +56,9 @@ def stack_traces(models: Sequence[nn.Module], traces: Sequence[Trace]) -> fx.Gra
             modules[name] = linear
             new[node] = graph.call_module(name, (new[node.all_input_nodes[0]],))
         elif node.op == "call_module":
-            name = str(node.target)
+            name = re.sub(r"[^\w.]", "_", str(node.target))  # as a file may have it
             if name not in modules:
-                modules[name] = _stacked(models, name)
+                modules[name] = _stacked(models, str(node.target))
             new[node] = graph.call_module(name, fx.map_arg(node.args, new.__getitem__))
         else:
             new[node] = graph.node_copy(node, new.__getitem__)

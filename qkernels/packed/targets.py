@@ -108,6 +108,8 @@ def canonical(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str,
         given.pop("inplace", None)
         args, kwargs = (), dict(given)
         args = (kwargs.pop(next(iter(kwargs))),)
+    if name == "meshgrid" and isinstance(args[0], Tensor):
+        args = (args,)
     if function in _FUNCTIONS:
         return Target("call_function", function, args, kwargs)
     name = name.removesuffix("_") if not name.endswith("__") else name

@@ -65,11 +65,12 @@ class Size(int):
 
     node: fx.Node
     tracer: "Tracer"
+    batch: bool  # whether it comes from the first dimension of a tensor, and so from the number of images
 
     @classmethod
-    def of(cls, value: int, node: fx.Node, tracer: "Tracer") -> "Size":
+    def of(cls, value: int, node: fx.Node, tracer: "Tracer", batch: bool) -> "Size":
         size = cls(value)
-        size.node, size.tracer = node, tracer
+        size.node, size.tracer, size.batch = node, tracer, batch
         return size
 
     def __neg__(self) -> int:
@@ -87,7 +88,7 @@ def _computed(name: str) -> Callable[[Size, Any], Any]:
             return value
         operands = (other, self) if name.startswith("r") else (self, other)
         node = self.tracer.graph.call_function(function, self.tracer.nodes_in(operands))
-        return Size.of(value, node, self.tracer)
+        return Size.of(value, node, self.tracer, self.batch or getattr(other, "batch", False))
 
     return compute
 
@@ -118,7 +119,7 @@ class Tracer(TorchFunctionMode):
             None where what happens in it is recorded.
         forward_of: of a module that is not, what it computes, where its own forward does not show that.
         skipped: types of modules that do nothing.
-        fixed: whether what is made of sizes alone, such as a range of numbers, is a constant.
+        fixed: whether what is made of images' sizes alone, such as a range of numbers, is a constant.
     """
 
     def __init__(
@@ -209,8 +210,7 @@ class Tracer(TorchFunctionMode):
         """Whether tensors among arguments come from the images, or numbers from their sizes."""
         found: list[Any] = []
         mapped(arguments, Tensor, lambda t: found.append(id(t) in self.nodes and self.nodes[id(t)].op != "get_attr"))
-        if not self.fixed:
-            mapped(arguments, Size, lambda size: found.append(True))
+        mapped(arguments, Size, lambda size: found.append(size.batch or not self.fixed))
         return any(found)
 
     # What is recorded ----------------------------------------------------------------------------------------------
@@ -306,13 +306,14 @@ class Tracer(TorchFunctionMode):
 
     def sizes(self, t: Tensor) -> list[Size]:
         node = self.nodes[id(t)]  # also of what has been changed in place since
-        return [Size.of(n, self.graph.call_method("size", (node, i)), self) for i, n in enumerate(t.shape)]
+        return [Size.of(n, self.graph.call_method("size", (node, i)), self, i == 0) for i, n in enumerate(t.shape)]
 
     def size(self, name: str, args: Any, value: Any, kwargs: Any) -> Any:
         if isinstance(value, torch.Size):
             return torch.Size(self.sizes(args[0]))
         node = self.graph.call_method(name, self.nodes_in(args), kwargs)
-        return Size.of(value, node, self)
+        dim = (*args[1:], *kwargs.values(), 0)[0]  # numel has none
+        return Size.of(value, node, self, dim in (0, -args[0].dim()))
 
     def change(self, t: Tensor) -> None:
         """t is changed in place: what shares its memory must not be used any more."""
