@@ -39,6 +39,7 @@ from .values import (
     NOTHING,
     NUMBER,
     REAL,
+    REAL_OR_INFINITE,
     SHAPE,
     SIZES,
     TENSOR,
@@ -234,7 +235,7 @@ FUNCTIONS: dict[str, Call] = {
         input=TENSOR,
         pad=several(INTEGER, 2 * MOST_DIMS),
         mode=one_of("constant", "reflect", "replicate", "circular"),
-        value=REAL | NOTHING,
+        value=REAL_OR_INFINITE | NOTHING,
     ),
     "unfold": Call(
         F.unfold,

@@ -1,5 +1,6 @@
 """The values that a program passes to layers, functions and methods: as JSON, and of which kind each may be."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,8 @@ def value_json(value: Any) -> Any:
         return {"slice": [value_json(v) for v in (value.start, value.stop, value.step)]}
     if value is Ellipsis:
         return {"ellipsis": True}
+    if isinstance(value, float) and math.isinf(value):
+        return {"float": str(value)}  # of which JSON has none
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if value is None or isinstance(value, bool | int | float | str):
@@ -52,6 +55,8 @@ def read_value(plain: Any, depth: int = 4) -> Any:
         return tuple([read_value(part, depth - 1) for part in inner])
     if key == "slice" and isinstance(inner, list) and len(inner) == 3:
         return slice(*(read_value(part, depth - 1) for part in inner))
+    if key == "float" and inner in ("inf", "-inf"):
+        return float(inner)
     if key == "dtype" and isinstance(inner, str) and inner in DTYPES:
         return DTYPES[inner]
     if key == "ellipsis" and inner is True:
@@ -150,6 +155,7 @@ DEVICE = Kind("a device", lambda v: v == Known("device"))
 FLAG = Kind("true or false", lambda v: type(v) is bool)
 NOTHING = one_of(None)
 REAL = Kind(f"a number within +-{LARGEST_NUMBER}", _real)
+REAL_OR_INFINITE = REAL | one_of(math.inf, -math.inf)
 NUMBER = REAL | Kind("a computed number", lambda v: v == Known("number"))
 INTEGER = whole(-LARGEST_NUMBER) | Kind("a computed number", lambda v: v == Known("number"))
 DTYPE = Kind("a dtype", lambda v: isinstance(v, torch.dtype) and v in DTYPES.values())
