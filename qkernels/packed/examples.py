@@ -77,11 +77,8 @@ class Example:
 
     def _candidates(self, model: nn.Module, named: tuple[int, ...] | None) -> Iterator[tuple[int, ...]]:
         if named is not None:
-            channels, *sizes = named
-            yield (channels, *[SMALL[0]] * len(sizes))
+            yield (named[0], *[SMALL[0]] * (len(named) - 1))
             yield named
-            yield from ((channels, *[size] * len(sizes)) for size in (*SMALL, *USUAL))
-            return
         for module in model.modules():
             for kind, dims in CONVOLUTIONS.items():
                 if isinstance(module, kind):
@@ -95,10 +92,10 @@ class Example:
 
 def configured(model: Any) -> tuple[int, ...] | None:
     """The shape of the images that a model says it is made for: those of timm and of Hugging Face do."""
-    patches: Any = getattr(model, "patch_embed", None)
-    made_for, projection = getattr(patches, "img_size", None), getattr(patches, "proj", None)
-    if isinstance(made_for, tuple) and isinstance(projection, nn.Conv2d):
-        return projection.in_channels, *made_for
+    made_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if isinstance(made_for, tuple) and first is not None:
+        return first.in_channels, *made_for
     for settings in (getattr(model, "pretrained_cfg", None), getattr(model, "default_cfg", None)):
         if isinstance(settings, dict) and isinstance(settings.get("input_size"), tuple | list):
             return tuple(settings["input_size"])
