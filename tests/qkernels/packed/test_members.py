@@ -308,3 +308,21 @@ def test_forms_give_what_each_member_gives_alone(what, monkeypatch):
     for call in functions.CALLS.values():
         monkeypatch.setattr(call, "form", None if call.form is not functions.alone else call.form)
     torch.testing.assert_close(got, ensemble.member_logits(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_runs_member_by_member_compiles_and_exports(strict):
+    def body(self, x):
+        rows = torch.einsum("nchw,ndhw->ncd", x, x)[..., None]
+        x = rows + F.interpolate(x, scale_factor=2).flatten(2).mean(2)[:, :, None, None]
+        return x.roll(1, 1).reshape(x.shape[0], 6, -1, 1) - x.mean(0)
+
+    ensemble, x = qk.PackedEnsemble.from_models(members(lambda: Images(body))), torch.randn(3, 3, 12, 12)
+    assert ensemble.report.in_turn is None
+    compiled = torch.compile(ensemble, fullgraph=True, backend="aot_eager")
+    shapes = ({0: torch.export.Dim("images", min=1, max=64)},)
+    exported = torch.export.export(ensemble, (x,), dynamic_shapes=shapes, strict=strict).module()
+    for images in (x, x[:2]):
+        torch.testing.assert_close(compiled(images), ensemble(images))
+        torch.testing.assert_close(exported(images), ensemble(images))
