@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from qkernels.packed.calls import FUNCTIONS, METHODS
+from qkernels.packed.functions import FUNCTIONS, METHODS
 from qkernels.packed.file import CONFIG, MODEL, config_sha256
 
 

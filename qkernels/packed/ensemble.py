@@ -1,6 +1,5 @@
 """PackedEnsemble: M quantized networks as one, with packed weights."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -10,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..quantize.layers import QuantizedLayer, quantized_layers
-from ..quantize.registry import QUANTIZED_TYPES
 from . import file, loading
+from .answers import called, mean_of
 from .file import Contents, nbytes_of, works_on_integers
-from .fusion import FusionReport, eval_mode, stack_members
-from .in_turn import MembersInTurn, pack_layers_
+from .forms import NOTHING_IN_EVAL
+from .fusion import FusionReport
 from .integer import IntegerReport, Method, to_integer_
-from .stacking import NOTHING_IN_EVAL
-from .tracing import CannotStack
+from .packing import pack_models
 
 Combine = Literal["logits", "probs"]
 
@@ -30,7 +28,7 @@ class PackedEnsemble(nn.Module):
 
     Attributes:
         members: M.
-        program: the network that computes all members, [N, ...] to [M * N, classes].
+        program: the network that computes all members, [N, ...] to [M, N, classes].
         report: what was packed and fused.
         info: what `save` wrote beside the network (classes, domains, preprocessing, ...), plain types.
 
@@ -48,46 +46,52 @@ class PackedEnsemble(nn.Module):
         self.eval()
 
     @classmethod
-    def from_models(cls, models: Sequence[nn.Module], **info: Any) -> "PackedEnsemble":
+    def from_models(cls, models: Sequence[nn.Module], example: Any = None, **info: Any) -> "PackedEnsemble":
         """Pack trained models of one architecture; they may differ in the bits of each layer, and are left as they are.
 
-        Batch norms are folded as in eval mode. Layers that `quantize_` left float stay float.
+        Batch norms are folded as in eval mode. Layers that `quantize_` left float stay float. What comes of it is
+        compared with the models on two batches of random images: if one graph for all members does not answer as they
+        do, they run in turn, and `report.in_turn` says why.
 
         Args:
             models: quantized by `quantize_`; on one device.
+            example: what a model takes: images [N, ...], or a tuple of arguments, or a mapping of those by name. By
+                default images of the size that the model's configuration or its first layer tells of.
             info: plain values to save with the network, such as classes=["dog", ...].
 
         Raises:
             ValueError: if the models differ in more than their weights and bits, or nothing in them is quantized.
         """
         _check_alike(models)
-        try:
-            program, report = stack_members(models)
-            return cls(program, len(models), report, info)
-        except CannotStack as reason:
-            why = str(reason)
-        with eval_mode(models):
-            copies = [pack_layers_(copy.deepcopy(model).eval()) for model in models]
-        packed = [name for name, _ in quantized_layers(models[0])]
-        floating = [name for name, layer in models[0].named_modules() if type(layer) in QUANTIZED_TYPES]
-        report = FusionReport(packed, floating, in_turn=why)
-        return cls(MembersInTurn(copies), len(models), report, info)
+        program, report = pack_models(models, example)
+        return cls(program, len(models), report, info)
 
     @torch.no_grad()
-    def member_logits(self, x: Tensor) -> Tensor:
+    def member_logits(self, x: Any) -> Any:
         """Images [N, ...] to each member's logits [M, N, classes].
+
+        Members that run in turn take what their model takes: a tuple has its arguments, a mapping those with names.
+        Where they answer with a structure, its tensors are stacked, [M, ...]; where these have other shapes in each
+        member, they are a list.
 
         Raises:
             PackedFileError: if a network from a file would take more memory than it may: see `load`.
         """
-        return self.program(x).unflatten(0, (self.members, -1))
+        return called(self.program, x)
 
-    def forward(self, x: Tensor, combine: Combine = "logits") -> Tensor:
-        """Images [N, ...] to [N, classes]: the mean of the members' logits, or of their probabilities ("probs")."""
+    def forward(self, x: Any, combine: Combine = "logits") -> Any:
+        """Images [N, ...] to [N, classes]: the mean of the members' logits, or of their probabilities ("probs").
+
+        Of a structure, the mean of each tensor in it.
+        """
         if combine not in ("logits", "probs"):
             raise ValueError(f'combine must be "logits" or "probs", got {combine!r}')
         logits = self.member_logits(x)
-        return logits.mean(0) if combine == "logits" else logits.softmax(-1).mean(0)
+        if combine == "logits":
+            return mean_of(logits)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"the members answer with a {type(logits).__name__}, of which there are no probabilities")
+        return logits.softmax(-1).mean(0)
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +166,10 @@ class PackedEnsemble(nn.Module):
 
 
 # Attributes of modules that change nothing in evaluation.
-_OF_TRAINING = ("training", "inplace", "momentum", "drop_prob")
+_OF_TRAINING = (
+    *("training", "inplace", "momentum", "drop_prob"),
+    *("started", "in_forward", "fused_before", "weight_was_read"),
+)
 
 
 def _description(model: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -174,7 +181,7 @@ def _description(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     for name, module in model.named_modules():
         parameters = {key: t for key, t in module._parameters.items() if t is not None}
         if isinstance(module, QuantizedLayer):  # scales may be one a channel or one a tensor
-            parameters = {key: t for key, t in parameters.items() if key in ("weight", "bias")}
+            parameters = {key: t for key, t in parameters.items() if key not in ("weight_scale", "act_scale")}
         settings = {}
         if not any(module.children()) and type(module) not in NOTHING_IN_EVAL:
             settings = {key: value for key, value in vars(module).items() if not key.startswith("_") and _plain(value)}
@@ -208,9 +215,9 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
         raise ValueError("PackedEnsemble: no models to pack")
     first = _description(models[0])
     for index, model in enumerate(models):
-        if not any(True for _ in quantized_layers(model)):
+        if not any(layer.enabled for _, layer in quantized_layers(model)):
             raise ValueError(
-                f"PackedEnsemble: models[{index}] has no quantized layers; call qkernels.quantize_ and train"
+                f"PackedEnsemble: models[{index}] has no quantized layers: quantize_ or enable_ it, and train"
             )
         own = _description(model)
         for name in first.keys() | own.keys():
@@ -220,7 +227,7 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
                     f"{_difference(own.get(name, ()), first.get(name, ()))}"
                 )
         for name, layer in quantized_layers(model):
-            if layer.act_quantizer is not None and layer.act_range is None:
+            if layer.enabled and layer.act_quantizer is not None and layer.act_range is None:
                 raise ValueError(
                     f"PackedEnsemble: models[{index}].{name} has not started to quantize its input; train it"
                 )

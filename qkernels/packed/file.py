@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..atomic import remove_leftovers, replace_file
+from .folded import FoldedProgram
 from .fusion import FusionReport
 from .kinds import PackedFileError as PackedFileError
 from .packed_layer import PackedLayer
@@ -27,7 +28,7 @@ from .program import Program
 from .program_file import layer_json, program_json, read_layer, read_program
 
 FORMAT = "qkernels.packed_ensemble"
-VERSION = 1
+VERSIONS = (1, 2)  # 1 of programs that were read from such a file alone
 LARGEST_CONFIG = 4 << 20
 MODEL, CONFIG, CARD, SIGNATURE = "model.safetensors", "config.json", "README.md", "signature.json"
 
@@ -41,9 +42,28 @@ class Contents(NamedTuple):
     info: dict[str, Any]
 
 
+def version_of(program: nn.Module) -> int:
+    """Of the format that holds a program."""
+    return 1 if isinstance(program, FoldedProgram) else 2
+
+
 def nbytes_of(program: nn.Module) -> int:
     """Bytes of all tensors."""
-    return sum(t.nbytes for t in [*program.parameters(), *program.buffers()])
+    return sum(t.nbytes for t in unique(program).values())
+
+
+def names_of(program: nn.Module) -> dict[str, list[str]]:
+    """The first name -> all names of each tensor: a model may hold one in several places."""
+    names: dict[int, list[str]] = {}
+    for name, t in program.state_dict(keep_vars=True).items():
+        names.setdefault(id(t), []).append(name)
+    return {same[0]: same for same in names.values()}
+
+
+def unique(program: nn.Module) -> dict[str, torch.Tensor]:
+    """First name -> tensor, of each that a program holds."""
+    tensors = program.state_dict()
+    return {name: tensors[name] for name in names_of(program)}
 
 
 def works_on_integers(program: nn.Module) -> bool:
@@ -124,7 +144,7 @@ def _config(contents: Contents) -> dict[str, Any]:
     program, members, report, info = contents
     config: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version_of(program),
         "members": members,
         "nbytes": nbytes_of(program),
         "info": info,
@@ -139,20 +159,25 @@ def _config(contents: Contents) -> dict[str, Any]:
     except TypeError as error:
         raise TypeError(f"PackedEnsemble.save: info must hold plain types only: {error}") from error
     if isinstance(program, Program):
-        read_program(written["program"], members)
+        read_program(written["program"], members, written["version"])
     else:
         for name, layer in written["layers"].items():
-            read_layer(layer, name, 1)
+            read_layer(layer, name, 1, written["version"])
     return config
 
 
 def _model(program: nn.Module) -> bytes:
     """model.safetensors."""
-    tensors = {name: t.contiguous() for name, t in program.state_dict().items()}
+    tensors = {name: t.contiguous() for name, t in unique(program).items()}
+    storages: set[int] = set()
+    for name, t in tensors.items():
+        if t.untyped_storage().data_ptr() in storages:  # a part of another's memory
+            tensors[name] = t.clone()
+        storages.add(t.untyped_storage().data_ptr())
     for name, layer in packed_layers(program).items():
         shape = layer.geometry.weight_shape(layer.out_channels, layer.in_channels)
         tensors[f"{name}.weight_shape"] = torch.tensor(shape)
-    return safetensors.torch.save(tensors, {"format": "pt", "kind": FORMAT, "version": str(VERSION)})
+    return safetensors.torch.save(tensors, {"format": "pt", "kind": FORMAT, "version": str(version_of(program))})
 
 
 def model_card(contents: Contents) -> str:

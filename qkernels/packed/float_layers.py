@@ -1,17 +1,36 @@
-"""What stays float in a packed ensemble, of M members side by side: images are [M * N, ...], member after member.
+"""What stays float in a packed ensemble, of M members side by side: images are [M, N, ...].
 
 With `shared` all members see the same [N, ...]. Each layer takes its tensors stacked, [M, ...].
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.geometry import Geometry, conv_geometry
 from .kinds import Expected, LayerKind, ProgramError, Settings, geometry_settings
+from .values import DTYPES
+
+Stack = Callable[[Sequence[Any]], nn.Module]  # M layers to one
+
+
+class FloatForm(NamedTuple):
+    """What stacks layers of one type.
+
+    Attributes:
+        stack: makes one of M.
+        fits: whether a layer of the type is of the kind that `stack` knows.
+        forward: what the layer computes, where its own forward does more; `children` follow.
+    """
+
+    stack: Stack
+    fits: Callable[[Any], bool] = lambda layer: True
+    forward: Callable[..., Any] | None = None
+    children: tuple[str, ...] = ()
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -42,8 +61,8 @@ def elements_of_conv(g: Geometry, out_channels: int, channels: int, height: int,
 
 
 def by_member(x: Tensor, members: int, shared: bool) -> Tensor:
-    """[M, N, ...] of images [M * N, ...], or of the [N, ...] that all members share."""
-    return x.expand(members, *x.shape) if shared else x.unflatten(0, (members, -1))
+    """[M, N, ...] of such images, or of the [N, ...] that all members share."""
+    return x.expand(members, *x.shape) if shared else x
 
 
 class StackedConv2d(LayerKind):
@@ -96,11 +115,12 @@ class StackedConv2d(LayerKind):
 
     def most_elements(self, x: Tensor) -> int:
         members, out = self.weight.shape[:2]
-        images = x.shape[0] * (members if self.shared else 1)
-        return self.weight.numel() + images * elements_of_conv(self._geometry(x), out, *x.shape[1:])
+        images = math.prod(x.shape[:-3]) * (members if self.shared else 1)
+        # Each member's result, and all of them together.
+        return self.weight.numel() + 2 * images * elements_of_conv(self._geometry(x), out, *x.shape[-3:])
 
     def _geometry(self, x: Tensor) -> Geometry:
-        return self.geometry.tf_same(*x.shape[2:]) if self.tf_same else self.geometry
+        return self.geometry.tf_same(*x.shape[-2:]) if self.tf_same else self.geometry
 
     def forward(self, x: Tensor) -> Tensor:
         g = self._geometry(x)
@@ -119,7 +139,7 @@ class StackedConv2d(LayerKind):
                 zip(by_member(x, self.weight.shape[0], self.shared), self.weight, strict=True)
             )
         ]
-        return torch.cat(results)
+        return torch.stack(results)
 
 
 class StackedLinear(LayerKind):
@@ -159,12 +179,12 @@ class StackedLinear(LayerKind):
         return self.weight.numel() + 2 * rows * out
 
     def forward(self, x: Tensor) -> Tensor:
-        members, out, _ = self.weight.shape
-        rows = by_member(x, members, self.shared)
-        y = rows.flatten(1, -2) @ self.weight.to(x.dtype).mT
+        members, out, depth = self.weight.shape
+        images = by_member(x, members, self.shared)
+        y = images.reshape(members, -1, depth) @ self.weight.to(x.dtype).mT
         if self.bias is not None:
             y = y + self.bias[:, None].to(x.dtype)
-        return y.view(*rows.shape[:-1], out).flatten(0, 1)
+        return y.view(*images.shape[:-1], out)
 
 
 Kind = Literal["batch", "group", "layer", "layer2d"]
@@ -246,23 +266,24 @@ class StackedNorm(LayerKind):
         return 3 * x.numel() * (self.weight.shape[0] if self.shared else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = self.weight.shape[1:]
+        """Normalize the dimensions on which a member's norm acts: with "layer" the last ones, else the one after N."""
+        members, *channels = self.weight.shape
+        x = by_member(x, members, self.shared)
         if self.kind == "group":
-            x = F.group_norm(x, self.groups, eps=self.eps)
+            x = F.group_norm(x.flatten(0, 1), self.groups, eps=self.eps).view(x.shape)
         elif self.kind == "layer":
             x = F.layer_norm(x, channels, eps=self.eps)
         elif self.kind == "layer2d":
-            x = F.layer_norm(x.movedim(1, -1), channels, eps=self.eps).movedim(-1, 1)
-        members = self.weight.shape[0]
-        images = by_member(x, members, self.shared)
-        ones = [1] * (images.dim() - 2 - len(channels))
+            x = F.layer_norm(x.movedim(2, -1), channels, eps=self.eps).movedim(-1, 2)
+        ones = [1] * (x.dim() - 2 - len(channels))
         shape = (members, 1, *ones, *channels) if self.kind == "layer" else (members, 1, *channels, *ones)
-        y = images * self.weight.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)
-        return y.flatten(0, 1)
+        if self.kind == "layer" and x.dim() - 1 == len(channels):
+            shape = (members, *channels)  # of a single image
+        return x * self.weight.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)
 
 
-class StackedConstant(LayerKind):
-    """A parameter [M, 1, ...] that meets the images (a position embedding, a layer's scale): [M * N, ...]."""
+class Constant(LayerKind):
+    """What meets images and does not come from them, be it of floats or, as an index, of integers."""
 
     shares: ClassVar[bool] = False
     value: Tensor
@@ -272,40 +293,28 @@ class StackedConstant(LayerKind):
         self.register_buffer("value", value)
 
     @classmethod
-    def from_settings(cls, settings: Settings, members: int) -> "StackedConstant":
+    def from_settings(cls, settings: Settings, members: int) -> Self:
         return cls(torch.empty(0))
 
+    def most_elements(self, x: Tensor) -> int:
+        return 2 * self.value.numel() * max(1, x.shape[0])  # in files of version 1 once for each image
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The value, where it is of floats in the dtype of x."""
+        return self.value.to(x.dtype) if self.value.is_floating_point() else self.value
+
+
+class StackedConstant(Constant):
+    """What each member has of its own, such as a position embedding: [M, *its shape]."""
+
     def expected(self, members: int) -> dict[str, Expected]:
-        return {"value": Expected(None, [members, 1, ...])}
-
-    def most_elements(self, x: Tensor) -> int:
-        return 2 * self.value.numel() * x.shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The value repeated for the images of x [M * N, ...]."""
-        members = self.value.shape[0]
-        images = x.shape[0] // members
-        return self.value.expand(members, images, *self.value.shape[2:]).flatten(0, 1).to(x.dtype)
+        return {"value": Expected(tuple(DTYPES.values()), [members, ...], finite=False)}
 
 
-class Repeat(LayerKind):
-    """Images that all members share, [N, ...], once for each member: [M * N, ...]."""
+class SharedConstant(Constant):
+    """What is the same for all members, such as a table of indices: in its own shape."""
 
-    shares: ClassVar[bool] = False
+    gives_own: ClassVar[bool] = False
 
-    def __init__(self, members: int) -> None:
-        super().__init__()
-        self.members = members
-
-    def settings(self) -> dict[str, Any]:
-        return {"members": self.members}
-
-    @classmethod
-    def from_settings(cls, settings: Settings, members: int) -> "Repeat":
-        return cls(members)
-
-    def most_elements(self, x: Tensor) -> int:
-        return self.members * x.numel()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.expand(self.members, *x.shape).flatten(0, 1)
+    def expected(self, members: int) -> dict[str, Expected]:
+        return {"value": Expected(tuple(DTYPES.values()), [...], finite=False)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from ..quantize.quantizers import code_range
+from .answers import called
 from .packed_layer import INTEGERS, PackedLayer
 from .program import Program, Ref, Step
 
@@ -128,26 +129,28 @@ def to_integer_(
         layer: ActivationStatistics(layer.members) for layer in layers if layer.input_scale is None
     }  # learned scales stay
     with _hooks(program, found, "see_range"):
-        before = [program(x) for x in batches]
+        before = [called(program, x) for x in batches]
     if not before:
         raise ValueError("to_integer_: there are no batches to calibrate on")
+    if not all(isinstance(logits, Tensor) for logits in before):
+        raise TypeError("to_integer_: the members answer with structures, and not with logits that could be compared")
     with _hooks(program, found, "see_histogram"):
         for x in batches:
-            program(x)
+            called(program, x)
     for layer, seen in found.items():
         codes = code_range(bits, signed=bool((seen.least < 0).any()))
         layer.quantize_input_(seen.scale(method, percentile, codes[1]).to(layer.weight_scale.device), codes)
     for layer in layers:
         layer.float_dtype = float_dtype
     connected = connect_(program) if isinstance(program, Program) else 0
-    changes = [_change(old, program(x), members) for old, x in zip(before, batches, strict=True)]
+    changes = [_change(old, called(program, x)) for old, x in zip(before, batches, strict=True)]
     agreeing, images, squares, magnitude = (sum(column) for column in zip(*changes, strict=True))
     return IntegerReport(len(layers), connected, agreeing / images, (squares / max(magnitude, 1e-30)) ** 0.5)
 
 
-def _change(before: Tensor, after: Tensor, members: int) -> tuple[int, int, float, float]:
+def _change(before: Tensor, after: Tensor) -> tuple[int, int, float, float]:
     """Images that agree, images, and the sums of squares of the change and of the mean logits."""
-    old, new = (logits.unflatten(0, (members, -1)).double().mean(0) for logits in (before, after))
+    old, new = (logits.double().mean(0) for logits in (before, after))
     same = int((old.argmax(-1) == new.argmax(-1)).sum())
     return same, old.shape[0], float((new - old).square().sum()), float(old.square().sum())
 

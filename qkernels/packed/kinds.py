@@ -26,20 +26,25 @@ class ProgramError(PackedFileError):
 
 
 class Expected(NamedTuple):
-    """A tensor that a file has for a layer: its dtype (None: a kernel's float), and its shape.
+    """A tensor that a file has for a layer: its dtype (None: a kernel's float; or one of several), and its shape.
 
     In a shape None is any extent, and ... at the end any further ones.
     """
 
-    dtype: torch.dtype | None
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None
     shape: list[Any]
     optional: bool = False
+    finite: bool = True  # which is not asked of masks, bounds and the like
 
 
 class LayerKind(nn.Module):
-    """A layer of a packed program: images [M * N, ...], or with `shared` [N, ...] for all members, to [M * N, ...]."""
+    """A layer of a packed program: each member's images [M, N, ...], or with `shared` [N, ...], to [M, N, ...].
 
-    shares: ClassVar[bool] = True  # whether it can take images that all members share
+    What `shared` is follows from the program (`Program`).
+    """
+
+    shares: ClassVar[bool] = True  # whether it computes something of images, be they shared or not
+    gives_own: ClassVar[bool] = True  # whether each member has a result of its own
 
     def __init__(self) -> None:
         super().__init__()

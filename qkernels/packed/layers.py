@@ -1,5 +1,6 @@
 """PackedConv2d and PackedLinear, the kinds of packed layers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -86,16 +87,19 @@ class PackedConv2d(PackedLayer):
         return layer
 
     def most_elements(self, x: Tensor, residual: Tensor | None = None) -> int:
-        geometry = self.geometry.tf_same(x.shape[2], x.shape[3]) if self.tf_same else self.geometry
-        images = x.shape[0] * (self.members if self.shared else 1)
-        return 2 * images * elements_of_conv(geometry, self.out_channels, *x.shape[1:])
+        geometry = self.geometry.tf_same(*x.shape[-2:]) if self.tf_same else self.geometry
+        images = math.prod(x.shape[:-3]) * (self.members if self.shared else 1)
+        return 2 * images * elements_of_conv(geometry, self.out_channels, *x.shape[-3:])
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Images or codes [M * N, C_in, H, W], or [N, ...] where they are shared, to [M * N, C_out, H', W'].
+        """Images or codes [M, N, C_in, H, W], or [N, ...] where they are shared, to [M, N, C_out, H', W'].
 
-        `residual` is added before the activation and broadcasts to the result.
+        `residual` [M, N, ...] is added before the activation and broadcasts to the result.
         """
-        geometry = self.geometry
+        geometry, lead = self.geometry, self._lead(x.shape[:-3])
+        contiguous = self.like_torch and x.is_contiguous()
+        x = x.reshape(-1, *x.shape[-3:])
+        residual = None if residual is None else residual.reshape(-1, *residual.shape[-3:])
         if self.tf_same:
             geometry = geometry.tf_same(x.shape[2], x.shape[3])
         elif self.padding_mode != "zeros" and any(geometry.padding):
@@ -104,11 +108,13 @@ class PackedConv2d(PackedLayer):
             padded = F.pad(x.float() if x.dtype in INTEGERS else x, (left, right, top, bottom), self.padding_mode)
             x = padded.to(x.dtype)
             geometry = replace(geometry, padding=(0, 0, 0, 0))
-        return self._convolve(x, residual, geometry)
+        y = self._convolve(x, residual, geometry)
+        y = y.contiguous() if contiguous else y
+        return y.reshape(*lead, *y.shape[1:])
 
 
 class PackedLinear(PackedLayer):
-    """The packed nn.Linear of M members, [M * N, ..., in] to [M * N, ..., out]: a convolution of 1x1 images."""
+    """The packed nn.Linear of M members, [M, ..., in] to [M, ..., out]: a convolution of 1x1 images."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, bits: int | Sequence[int] = 7
@@ -131,12 +137,16 @@ class PackedLinear(PackedLayer):
         layer._follow(settings)
         return layer
 
+    @property
+    def weight(self) -> Tensor:
+        return super().weight.flatten(1)
+
     def most_elements(self, x: Tensor, residual: Tensor | None = None) -> int:
         rows = x.numel() // self.in_channels * (self.members if self.shared else 1)
         return rows * (self.in_channels + 2 * self.out_channels)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Floats or codes [M * N, ..., in], or [N, ...] where they are shared, to [M * N, ..., out].
+        """Floats or codes [M, ..., in], or [...] where they are shared, to [M, ..., out]: whatever rows there are.
 
         `residual` has the result's shape and is added before the activation.
         """
@@ -147,15 +157,14 @@ class PackedLinear(PackedLayer):
         else:
             added = None if residual is None else residual.reshape(-1, self.out_channels, 1, 1)
             y = self._convolve(rows[:, :, None, None], added, self.geometry)
-        batch = x.shape[0] * (self.members if self.shared else 1)
-        return y.reshape(batch, *x.shape[1:-1], self.out_channels)
+        return y.reshape(*self._lead(x.shape[:-1]), self.out_channels)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         """Few rows [M * N, in] to [M * N, out]."""
         results = []
         for run in self.runs:
             packed = self.weight_packed[run.bytes].view(run.members.stop - run.members.start, -1)
-            bias = None if self.bias is None else self.bias[run.members]
+            bias = None if self.biases is None else self.biases[run.members]
             x = rows if self.shared else images_of(rows, self.members, run.members)
             scale = self.weight_scale[run.members]
             results.append(

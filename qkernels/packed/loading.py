@@ -22,19 +22,22 @@ from .file import (
     FORMAT,
     LARGEST_CONFIG,
     MODEL,
-    VERSION,
+    VERSIONS,
     Contents,
     PackedFileError,
     config_sha256,
     locked,
+    names_of,
     nbytes_of,
     staged,
+    unique,
 )
 from .fusion import FusionReport
-from .in_turn import MembersInTurn
+from .in_turn import MembersInTurn, put
 from .kinds import Expected, LayerKind, ProgramError, object_of, only_keys, shown
 from .layers import PackedConv2d, PackedLinear
 from .memory import MemoryLimit
+from .packed_layer import PackedLayer
 from .program import Program
 from .program_file import read_layer, read_program
 from .signature import check_signature, read_private_key, read_public_key, write_signature
@@ -52,11 +55,11 @@ def load(path: Path, model: nn.Module | None, max_bytes: int | None, public_key:
     with _errors_of(path) as folder, _opened(folder, max_bytes, key) as (_, config, file):
         members, info = config["members"], object_of(config["info"])
         if config.get("program") is not None:
-            program: nn.Module = read_program(config["program"], members)
+            program: nn.Module = read_program(config["program"], members, config["version"])
         elif model is None:
             raise PackedFileError("its members run in turn: pass load(path, model) a float model of their architecture")
         else:
-            program = _members_in_turn(model, members, object_of(config.get("layers")), file.entries.keys())
+            program = _members_in_turn(model, members, config, file.entries.keys())
         report = _read_report(config["report"])
         tensors = Tensors(program, members)
         tensors.expect(file)
@@ -158,8 +161,8 @@ def _config(content: bytes) -> dict[str, Any]:
         raise PackedFileError(f"{CONFIG} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise PackedFileError(f"{CONFIG} is not of the format {FORMAT}")
-    if config.get("version") != VERSION:
-        raise PackedFileError(f"{CONFIG} is of version {shown(config.get('version'))}; this qkernels reads {VERSION}")
+    if type(config.get("version")) is not int or config["version"] not in VERSIONS:
+        raise PackedFileError(f"{CONFIG} is of version {shown(config.get('version'))}; this qkernels reads 1 and 2")
     checksums = object_of(config.get("checksums"))
     if checksums.keys() != {MODEL, CONFIG} or checksums[CONFIG] != config_sha256(config):
         raise PackedFileError(CHANGED)
@@ -180,19 +183,22 @@ def _read_report(plain: dict[str, Any]) -> FusionReport:
     """What was packed and fused: names, and reasons."""
     only_keys(plain, [field.name for field in fields(FusionReport)])
     for name, value in plain.items():
-        texts: Any = [value] if name == "in_turn" else list(value.values()) if name == "unfused" else value
+        texts: Any = (
+            [value] if name in ("in_turn", "verified") else list(value.values()) if name == "unfused" else value
+        )
         if type(texts) is not list or not all(text is None or isinstance(text, str) for text in texts):
             raise ProgramError(f"report: {name} is {shown(value)}")
     return FusionReport(**plain)
 
 
-def _members_in_turn(model: nn.Module, members: int, layers: dict[str, Any], in_file: Iterable[str]) -> MembersInTurn:
+def _members_in_turn(model: nn.Module, members: int, config: dict[str, Any], in_file: Iterable[str]) -> MembersInTurn:
     """Copies of a float model on the meta device, with the packed layers of each member in place of its own."""
+    layers = object_of(config.get("layers"))
     names = [name for name, _ in model.named_modules() if f"members.0.{name}" in layers]
     wanted = [f"members.{member}.{name}" for member in range(members) for name in names]
     if set(wanted) != layers.keys() or not {f"{name}.weight_packed" for name in wanted} <= set(in_file):
         raise PackedFileError("its layers are not those of all members, or not layers of the model")
-    read = {name: read_layer(layer, name, 1) for name, layer in layers.items()}
+    read = {name: read_layer(layer, name, 1, config["version"]) for name, layer in layers.items()}
     for name, layer in read.items():
         own = model.get_submodule(name.split(".", 2)[2])
         if not _is_like(layer, own):
@@ -202,8 +208,9 @@ def _members_in_turn(model: nn.Module, members: int, layers: dict[str, Any], in_
         state = model.state_dict(keep_vars=True).values()
         copies.append(copy.deepcopy(model, {id(t): _without_memory(t) for t in state}).eval())
         for name in names:
-            owner, _, attribute = name.rpartition(".")
-            setattr(copies[-1].get_submodule(owner), attribute, read[f"members.{member}.{name}"])
+            layer = read[f"members.{member}.{name}"]
+            assert isinstance(layer, PackedLayer)
+            put(copies[-1], copies[-1].get_submodule(name), layer.stand_alone_(like_torch=config["version"] > 1))
     return MembersInTurn(copies)
 
 
@@ -230,10 +237,13 @@ class Tensors:
 
     def __init__(self, program: nn.Module, members: int) -> None:
         self.program = program
+        self.names = names_of(program)
         self.layers = {name: layer for name, layer in program.named_modules() if isinstance(layer, LayerKind)}
         self.expected: dict[str, Expected] = {}
         if not isinstance(program, Program):  # float layers of the model that was given
-            self.expected = {name: Expected(t.dtype, list(t.shape)) for name, t in program.state_dict().items()}
+            self.expected = {
+                name: Expected(t.dtype, list(t.shape), finite=False) for name, t in unique(program).items()
+            }
             members = 1
         for name, layer in self.layers.items():
             self.expected |= {f"{name}.{tensor}": what for tensor, what in layer.expected(members).items()}
@@ -250,10 +260,10 @@ class Tensors:
             what = "missing" if name in required else "not part of the network"
             raise PackedFileError(f"the tensor {shown(name)} is {what}")
         for name, entry in sorted(file.entries.items()):
-            dtype, shape, _ = self.expected[name]
+            dtype, shape, _, _ = self.expected[name]
             if not _fits(entry.shape, shape):
                 raise PackedFileError(f"{name} has shape {entry.shape}, expected {_readable(shape)}")
-            if entry.dtype != dtype if dtype is not None else entry.dtype not in FLOATS:
+            if entry.dtype not in (FLOATS if dtype is None else dtype if isinstance(dtype, tuple) else (dtype,)):
                 raise PackedFileError(f"{name} has dtype {entry.dtype}, expected {dtype or 'a float'}")
             self._give(name, torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
         for layer in self.layers.values():
@@ -267,7 +277,8 @@ class Tensors:
         """
         for name, t in content.items():
             # A piece at a time: what finds out takes memory, too.
-            pieces = t.flatten().split(1 << 20) if t.is_floating_point() else ()
+            checked = t.is_floating_point() and self.expected[name].finite
+            pieces = t.flatten().split(1 << 20) if checked else ()
             if not all(bool(piece.isfinite().all()) for piece in pieces):
                 raise PackedFileError(f"{name} holds NaN or infinity")
             self._give(name, t)
@@ -278,17 +289,22 @@ class Tensors:
                 raise PackedFileError(f"{name} {error}") from error
 
     def _give(self, name: str, t: Tensor) -> None:
-        owner_name, _, attribute = name.rpartition(".")
-        owner = self.layers.get(owner_name) or self.program.get_submodule(owner_name)
-        if isinstance(owner, LayerKind):
+        """Under all names that its place has."""
+        owner = self.layers.get(name.rpartition(".")[0])
+        if owner is not None:
             try:
-                owner.take(attribute, t)
+                owner.take(name.rpartition(".")[2], t)
             except ProgramError as error:
                 raise PackedFileError(f"{name} {error}") from error
-        elif attribute in owner._buffers:
-            owner._buffers[attribute] = t
-        else:
-            owner._parameters[attribute] = nn.Parameter(t, requires_grad=False)
+            return
+        parameter = nn.Parameter(t, requires_grad=False) if t.is_floating_point() else t
+        for each in self.names[name]:
+            owner_name, _, attribute = each.rpartition(".")
+            place = self.program.get_submodule(owner_name)
+            if attribute in place._buffers:
+                place._buffers[attribute] = t
+            else:
+                place._parameters[attribute] = parameter  # type: ignore[assignment]
 
 
 def _fits(found: list[int], shape: list[Any]) -> bool:

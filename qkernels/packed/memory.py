@@ -2,13 +2,15 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from .calls import CALLS
+from .by_members import Operands
+from .elements import padded, pooled
+from .functions import CALLS
 from .kinds import LayerKind, ProgramError
-from .program import Step, Watch, mapped
+from .program import Watch
+from .steps import Ref, Step, mapped
 
 LEAST_LIMIT = 256 << 20
 CHANNELS = 1024  # float32 at each pixel of each member's images; networks keep a few hundred at most
@@ -51,12 +53,13 @@ class MemoryLimit:
             return None
         most = self.of(x)
 
-        def watch(step: Step, layer: nn.Module | None, args: Any, kwargs: Any, values: dict[str, Any]) -> None:
+        def watch(step: Step, layer: nn.Module | None, operands: Operands) -> None:
             if layer is None:
-                elements = CALLS[step.op, step.target].most_elements(*args, **kwargs)
+                elements = elements_of_call(step, operands)
             else:
+                args = mapped(step.args, Ref, operands.value)
                 elements = layer.most_elements(*args) if isinstance(layer, LayerKind) else most_elements(layer, *args)
-            needed = held(values) + max(4, x.element_size()) * elements
+            needed = held(operands.values) + max(4, x.element_size()) * elements
             if needed > most:
                 raise ProgramError(
                     f"{step.name} would bring the memory in use to {needed >> 20:,} MiB, more than the "
@@ -67,13 +70,23 @@ class MemoryLimit:
         return watch
 
 
+def elements_of_call(step: Step, operands: Operands) -> int:
+    """How many elements a function makes at most: for one member, times the members."""
+    call = CALLS[step.op, step.target]
+    args, kwargs = mapped((step.args, step.kwargs), Ref, operands.one)
+    if operands.own.isdisjoint(step.uses):
+        return call.most_elements(*args, **kwargs)
+    # Member by member there are the parts, and then the whole.
+    return operands.members * call.most_elements(*args, **kwargs) * (1 if call.form else 2)
+
+
 def most_elements(module: Any, x: Tensor) -> int:
     """How many elements a module of PyTorch without tensors makes at most of x."""
     if isinstance(module, nn.AdaptiveAvgPool2d):
-        return CALLS["function", F.adaptive_avg_pool2d].most_elements(x, module.output_size)
+        return pooled(x, module.output_size)
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
         height, width = _pair(module.padding)
-        return CALLS["function", F.pad].most_elements(x, (width, width, height, height))
+        return padded(x, (width, width, height, height))
     return x.numel()
 
 

@@ -1,6 +1,7 @@
 """PackedLayer: the members of an ensemble side by side in one layer, their weights as packed bits.
 
-Images come and go member after member along the batch, [M * N, ...]; with `shared` all members see the same [N, ...].
+Images come and go as [M, N, ...]; with `shared` all members see the same [N, ...]. The kernels take the members folded
+into the batch, [M * N, ...].
 With an `input_scale` a layer works on integer activations: it takes codes, or floats that it quantizes itself, and
 with an `output_scale` gives codes to the next.
 """
@@ -77,6 +78,8 @@ class PackedLayer(LayerKind):
         input_scale, residual_scale, output_scale: float32 [M], of integer activations; None for floats.
         input_range, output_range: of their codes.
         activation, shared: see `ops.packed_conv2d`.
+        alone: whether it stands in a model of PyTorch's, as its only member: it takes and gives [N, ...].
+        like_torch: see `stand_alone_`.
         float_dtype: of what an integer layer gives that does not give codes.
     """
 
@@ -104,6 +107,7 @@ class PackedLayer(LayerKind):
         self.input_range = (0, 255)
         self.output_range = (0, 255)
         self.float_dtype = torch.float32
+        self.alone = self.like_torch = False
         self.register_buffer("weight_packed", torch.zeros(self.runs[-1].bytes.stop, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(self.members, out_channels))
         self.register_buffer("bias", torch.zeros(self.members, out_channels) if bias else None)
@@ -114,9 +118,37 @@ class PackedLayer(LayerKind):
     def members(self) -> int:
         return len(self.bits)
 
+    def stand_alone_(self, like_torch: bool = True) -> "PackedLayer":
+        """Take the place of a layer in a model: what comes has no dimension of members. Returns self.
+
+        `like_torch`: have a bias [C_out], and give contiguous images for contiguous ones, since the model's code may
+        look at them. In files of version 1 such layers did not.
+        """
+        self.alone = self.shared = True
+        self.like_torch = like_torch
+        if like_torch and self.bias is not None:
+            self.bias = self.bias[0]
+        return self
+
+    @property
+    def biases(self) -> Tensor | None:
+        """Of the members: [M, C_out]."""
+        return self.bias[None] if self.like_torch and self.bias is not None else self.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """Dequantized, as the layer in whose place this one stands has it."""
+        if not self.alone:
+            raise AttributeError(f"{type(self).__name__} of several members has no weight; see dequantized_weight")
+        return self.dequantized_weight()[0].movedim(-1, 1)
+
+    def _lead(self, lead: Sequence[int]) -> tuple[int, ...]:
+        """The leading dimensions of the result, of those of x."""
+        return (self.members, *lead) if self.shared and not self.alone else tuple(lead)
+
     @torch.no_grad()
-    def fill_(self, layers: Sequence[QuantizedLayer]) -> "PackedLayer":
-        """Pack the weights of `layers`, one a member."""
+    def pack_(self, layers: Sequence[QuantizedLayer]) -> None:
+        """Take over the weights of `layers`, one a member."""
         packed, scales = [], []
         for layer, bits in zip(layers, self.bits, strict=True):
             codes, scale = weight_codes(layer)
@@ -125,6 +157,10 @@ class PackedLayer(LayerKind):
             scales.append(scale)
         self.weight_packed = torch.cat(packed)
         self.weight_scale = torch.stack(scales)
+
+    def fill_(self, layers: Sequence[QuantizedLayer]) -> None:
+        """Take over weights, biases and what is known of the inputs."""
+        self.pack_(layers)
         if self.bias is not None:
             self.bias = torch.stack([layer.bias.detach().float() for layer in layers])  # type: ignore[operator]
         if layers[0].act_quantizer is not None:
@@ -134,7 +170,6 @@ class PackedLayer(LayerKind):
             self.quantize_input_(
                 torch.stack([positive_scale(layer.act_scale.detach()).squeeze(0) for layer in layers]), code_range
             )
-        return self
 
     def quantize_input_(self, scale: Tensor, code_range: tuple[int, int]) -> None:
         """Work on integer activations from now on, with scales float32 [M] for codes in `code_range`."""
@@ -199,7 +234,7 @@ class PackedLayer(LayerKind):
             images = x if shared else images_of(x, self.members, run.members)
             added = None if residual is None else images_of(residual, self.members, run.members)
             packed = self.weight_packed[run.bytes].view(run.members.stop - run.members.start, -1)
-            weights = (packed, self.weight_scale[run.members], _of(self.bias, run), run.bits, geometry)
+            weights = (packed, self.weight_scale[run.members], _of(self.biases, run), run.bits, geometry)
             if self.input_scale is None:
                 y = packed_conv2d(images, *weights, residual=added, shared=shared, activation=activation)
             else:
@@ -244,7 +279,7 @@ class PackedLayer(LayerKind):
             "weight_packed": Expected(torch.uint8, list(self.weight_packed.shape)),
             "weight_scale": Expected(torch.float32, by_channel),
             "weight_shape": Expected(torch.int64, [4]),
-            "bias": Expected(torch.float32, by_channel, optional=True),
+            "bias": Expected(torch.float32, by_channel[1:] if self.like_torch else by_channel, optional=True),
             **{name: Expected(torch.float32, by_member, optional=True) for name in scales},
         }
 

@@ -1,56 +1,29 @@
 """Program: the network of a packed ensemble as a list of steps, and the interpreter that runs them.
 
+A value of a program is either shared, as the images are, or of the members: [M, *what one member has]. Which of the two
+follows from the steps. A step does to each member's value what the member's model does to its own.
+
 No code is made of a program, neither here nor by what reads one from a file: a step names a layer, or calls a function
 or a method of a tensor, and running it is a loop. torch.compile and torch.export see through the loop.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from .kinds import ProgramError
+from .by_members import Operands, on_planes
+from .functions import CALLS
+from .kinds import LayerKind, ProgramError
+from .steps import Ref, Step, mapped
+from .values import Result, resolved
 
 LARGEST_SIZE = 2**48  # of a number that a program computes from the images' sizes
 LARGEST_SHAPE = 1024  # of several of them
 
-
-@dataclass(frozen=True)
-class Ref:
-    """In the arguments of a step: the result of an earlier one, or the images."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call.
-
-    Attributes:
-        name: of its result.
-        op: what it calls: a layer by its name, a function, or a method of its first argument by its name.
-        target: that name, or the function.
-        args, kwargs: plain values and Refs, also inside of tuples, lists and slices.
-    """
-
-    name: str
-    op: Literal["layer", "function", "method"]
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def uses(self) -> list[str]:
-        """The names of the results that it takes."""
-        names: list[str] = []
-        mapped((self.args, self.kwargs), Ref, lambda ref: names.append(ref.name))
-        return names
-
-
-# Is told before each step: the step, its layer, its arguments, and the results that are still needed.
-Watch = Callable[[Step, nn.Module | None, tuple[Any, ...], dict[str, Any], dict[str, Any]], None]
+# Is told before each step: the step, its layer, and the results that are still needed.
+Watch = Callable[[Step, nn.Module | None, Operands], None]
 
 
 class Limit(Protocol):
@@ -64,15 +37,34 @@ class Limit(Protocol):
 
 
 class Program(nn.Module):
-    """Steps over layers: images [N, ...] to [M * N, classes].
+    """Steps over layers: images [N, ...] to each member's logits [M, N, classes].
+
+    Args:
+        input: the name under which steps take the images.
+        output: the result that is the program's.
+        layers: by the names under which steps call them.
+        members: M.
+        image: the shape of the images, [channels, height, width], if it takes no others.
 
     Attributes:
         limit: of a program from a file.
+
+    Raises:
+        ProgramError: for a function, or arguments, that the format does not have.
     """
 
-    def __init__(self, input: str, steps: Sequence[Step], output: Ref, layers: dict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        input: str,
+        steps: Sequence[Step],
+        output: Ref,
+        layers: dict[str, nn.Module],
+        members: int,
+        image: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        self._input, self._steps, self._output = input, tuple(steps), output
+        self._input, self._steps, self._output, self._members = input, tuple(steps), output, members
+        self._image = None if image is None else tuple(image)
         self.limit: Limit | None = None
         last = {step.name: i for i, step in enumerate(steps)}
         last |= {name: i for i, step in enumerate(steps) for name in step.uses}
@@ -83,10 +75,32 @@ class Program(nn.Module):
                 self._done_after[i].append(name)
         for name, layer in layers.items():
             self.put_layer(name, layer)
+        self._own = self._find_own()
+        self._share()
         self.eval()
 
+    def _find_own(self) -> frozenset[str]:
+        """The names of the results of which each member has its own."""
+        results: dict[str, Result] = {self._input: "tensor"}
+        own: set[str] = set()
+        for step in self._steps:
+            results[step.name] = result_of(step, results)
+            layer = self.layer(step.target) if step.op == "layer" else None
+            by_member = layer.gives_own if isinstance(layer, LayerKind) else not own.isdisjoint(step.uses)
+            if by_member and results[step.name] in ("tensor", "tensors"):
+                own.add(step.name)
+        if results.get(self._output.name) != "tensor":
+            raise ProgramError("the output is not one value")
+        return frozenset(own)
+
+    def _share(self) -> None:
+        """Let layers know whether what they take is shared."""
+        for name, layer in self.layers().items():
+            if isinstance(layer, LayerKind):
+                layer.shared = all(ref.name not in self._own for step in self.callers(name) for ref in step.args[:1])
+
     @classmethod
-    def from_graph(cls, module: fx.GraphModule) -> "Program":
+    def from_graph(cls, module: fx.GraphModule, members: int, image: Sequence[int] | None = None) -> "Program":
         """What a traced graph computes; its layers are taken over."""
         start, *nodes, end = module.graph.nodes
         steps = [
@@ -94,7 +108,7 @@ class Program(nn.Module):
             for node in nodes
         ]
         layers = {step.target: module.get_submodule(step.target) for step in steps if step.op == "layer"}
-        return cls(start.name, steps, _with_refs(end.args[0]), layers)
+        return cls(start.name, steps, _with_refs(end.args[0]), layers, members, image)
 
     @property
     def input(self) -> str:
@@ -110,6 +124,11 @@ class Program(nn.Module):
     def output(self) -> Ref:
         """The result that is the program's."""
         return self._output
+
+    @property
+    def image(self) -> tuple[int, ...] | None:
+        """The shape of an image, if it takes no others."""
+        return self._image
 
     # Layers are kept as children, so that whoever walks modules finds them, but looked up as such and never as
     # attributes: a model may call a layer `steps`.
@@ -156,53 +175,73 @@ class Program(nn.Module):
 
         Raises:
             ProgramError: for numbers that no image is large enough for, and beyond the limit.
+            ValueError: for images of another size than the program is for.
         """
+        if self._image is not None and tuple(x.shape[1:]) != self._image:
+            raise ValueError(f"this ensemble takes images of shape {list(self._image)}, not {list(x.shape[1:])}")
         values: dict[str, Any] = {self._input: x}
+        operands = Operands(values, self._own, self._members)
         limit = None if torch.compiler.is_compiling() else self.limit
         watch = limit.watch(x) if limit is not None else None
-
-        def value_of(ref: Ref) -> Any:
-            return values[ref.name]
-
         for step, done in zip(self._steps, self._done_after, strict=True):
-            args, kwargs = mapped(step.args, Ref, value_of), mapped(step.kwargs, Ref, value_of)
             layer = self.layer(step.target) if step.op == "layer" else None
             if watch is not None:
-                watch(step, layer, args, kwargs, values)
-            if layer is not None:
-                value = layer(*args, **kwargs)
-            elif step.op == "method":
-                value = getattr(args[0], step.target)(*args[1:], **kwargs)
-            else:
-                value = step.target(*args, **kwargs)
-                if isinstance(value, int) and abs(value) > LARGEST_SIZE:
-                    raise ProgramError(f"{step.name} is a number beyond {LARGEST_SIZE}")
-                if isinstance(value, tuple) and len(value) > LARGEST_SHAPE:
-                    raise ProgramError(f"{step.name} is a shape of more than {LARGEST_SHAPE} sizes")
-            values[step.name] = value
+                watch(step, layer, operands)
+            values[step.name] = checked(step, self._run(step, layer, operands))
             for name in done:
                 del values[name]
         if limit is not None:
             limit.let_pass(x)
-        return values[self._output.name]
+        return self._result(operands)
+
+    def _run(self, step: Step, layer: nn.Module | None, operands: Operands) -> Any:
+        if layer is None:
+            call = CALLS[step.op, step.target]
+            if self._own.isdisjoint(step.uses):
+                return call.run(mapped(call.bound(step.args, step.kwargs), Ref, operands.value))
+            return call.of_members(step.args, step.kwargs, operands)
+        if not isinstance(layer, LayerKind):
+            return on_planes(layer, operands.value(step.args[0]))
+        # A layer that takes what is shared may add a residual that is not, and the other way round.
+        first, *others = step.args
+        images = operands.value(first) if layer.shared or not layer.shares else operands.expanded(first)
+        return layer(images, *map(operands.expanded, others))
+
+    def _result(self, operands: Operands) -> Tensor:
+        return operands.expanded(self._output)
+
+
+def result_of(step: Step, results: dict[str, Result]) -> Result:
+    """What a step gives, from what those before it give.
+
+    Raises:
+        ProgramError: for a function or arguments that are not on the list.
+    """
+    if step.op == "layer":
+        return "tensor"
+    if (step.op, step.target) not in CALLS:
+        name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", step.target)
+        raise ProgramError(f"{step.name} calls {name}, which the format does not know")
+    try:
+        return CALLS[step.op, step.target].check(resolved(list(step.args), results), resolved(step.kwargs, results))
+    except ProgramError as error:
+        raise ProgramError(f"{step.name}: {error}") from error
+
+
+def checked(step: Step, value: Any) -> Any:
+    """The result of a step; a number, or a shape, of a size that images may have.
+
+    Raises:
+        ProgramError: if it is not.
+    """
+    if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+        raise ProgramError(f"{step.name} is a number beyond {LARGEST_SIZE}")
+    if step.op == "function" and isinstance(value, tuple) and len(value) > LARGEST_SHAPE:
+        raise ProgramError(f"{step.name} is a shape of more than {LARGEST_SHAPE} sizes")
+    return value
 
 
 _OPS: dict[str, Any] = {"call_module": "layer", "call_function": "function", "call_method": "method"}
-
-
-def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """A value with `change(part)` in place of each part of that kind, in tuples, lists, dicts and slices."""
-    if isinstance(value, kind):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple([mapped(part, kind, change) for part in value])
-    if isinstance(value, list):
-        return [mapped(part, kind, change) for part in value]
-    if isinstance(value, dict):
-        return {name: mapped(part, kind, change) for name, part in value.items()}
-    if isinstance(value, slice):
-        return slice(*mapped((value.start, value.stop, value.step), kind, change))
-    return value
 
 
 def _with_refs(value: Any) -> Any:

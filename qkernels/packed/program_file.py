@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calls import EDGE, FUNCTIONS, METHODS, SIZE, Call
-from .float_layers import Repeat, StackedConstant, StackedConv2d, StackedLinear, StackedNorm
+from .calls import Call
+from .float_layers import SharedConstant, StackedConstant, StackedConv2d, StackedLinear, StackedNorm
+from .folded import FoldedProgram, Repeat
+from .functions import EDGE, FUNCTIONS, METHODS, ONLY_OLD, SIZE
 from .integer import CodesMaxPool2d
 from .kinds import LayerKind, ProgramError, Settings, object_of, only_keys, shown
 from .layers import PackedConv2d, PackedLinear
 from .packed_layer import PackedLayer
-from .program import Program, Step
+from .program import Program
+from .steps import Step
 from .values import (
     DIM,
     FLAG,
+    MOST_DIMS,
     NOTHING,
     REAL,
     TENSOR,
@@ -31,8 +35,10 @@ from .values import (
     read_value,
     read_values,
     resolved,
+    several,
     value_json,
 )
+from .weights import PackedWeight
 
 MOST_NODES = 10_000
 MOST_RESULTS = 1024  # at the same time
@@ -40,8 +46,12 @@ LONGEST_NAME = 512
 
 _KERNEL = {"kernel_size": pair(SIZE), "stride": pair(SIZE), "padding": pair(EDGE)}
 # Modules without tensors, and the attributes that their constructors take.
-MODULES: dict[type[nn.Module], dict[str, Kind]] = {
+POOLS: dict[type[nn.Module], dict[str, Kind]] = {
     CodesMaxPool2d: _KERNEL,
+    nn.MaxPool2d: {**_KERNEL, "dilation": pair(SIZE), "ceil_mode": FLAG},
+}
+MODULES: dict[type[nn.Module], dict[str, Kind]] = {
+    **POOLS,  # the others are in files of version 1 alone
     nn.AdaptiveAvgPool2d: {"output_size": pair(SIZE | NOTHING)},
     nn.AvgPool2d: {**_KERNEL, "ceil_mode": FLAG, "count_include_pad": FLAG},
     nn.Flatten: {"start_dim": DIM, "end_dim": DIM},
@@ -50,7 +60,6 @@ MODULES: dict[type[nn.Module], dict[str, Kind]] = {
     nn.Hardswish: {},
     nn.Hardtanh: {"min_val": REAL, "max_val": REAL},
     nn.LeakyReLU: {"negative_slope": REAL},
-    nn.MaxPool2d: {**_KERNEL, "dilation": pair(SIZE), "ceil_mode": FLAG},
     nn.ReLU: {},
     nn.ReLU6: {},
     nn.SiLU: {},
@@ -63,11 +72,21 @@ _MODULE_TYPES = {kind.__name__: kind for kind in MODULES}
 # Our own layers, by the name of their type.
 LAYERS: dict[str, type[LayerKind]] = {
     kind.__name__: kind
-    for kind in (PackedConv2d, PackedLinear, StackedConv2d, StackedLinear, StackedNorm, StackedConstant, Repeat)
+    for kind in (
+        PackedConv2d,
+        PackedLinear,
+        StackedConv2d,
+        StackedLinear,
+        StackedNorm,
+        StackedConstant,
+        SharedConstant,
+        PackedWeight,
+        Repeat,
+    )
 }
 
-_FUNCTION_NAMES = {call.target: name for name, call in FUNCTIONS.items()}
-_CALLS = {"function": FUNCTIONS, "method": METHODS}
+_FUNCTION_NAMES = {call.target: name for name, call in (ONLY_OLD | FUNCTIONS).items()}
+_CALLS = {"function": ONLY_OLD | FUNCTIONS, "method": METHODS}
 _CALL_LAYER = Call(None, x=TENSOR)
 _CALL_PACKED_LAYER = Call(None, x=TENSOR, residual=TENSOR)
 
@@ -86,14 +105,19 @@ def program_json(program: Program) -> dict[str, Any]:
     nodes = [{"name": program.input, "op": "input"}, *map(_step_json, program.steps), output]
     for name in layers:
         _check_layer_name(name)
-    return {"layers": layers, "nodes": nodes}
+    if isinstance(program, FoldedProgram):
+        for name, layer in program.layers().items():
+            if isinstance(layer, LayerKind) and layer.shares:
+                layers[name]["shared"] = layer.shared
+    image = {} if program.image is None else {"image": list(program.image)}
+    return {"layers": layers, "nodes": nodes, **image}
 
 
 def layer_json(module: nn.Module, name: str) -> dict[str, Any]:
     """The type of a layer and what rebuilds it, without its tensors."""
     kind = type(module).__name__
     if isinstance(module, LayerKind) and LAYERS.get(kind) is type(module):
-        return {"type": kind, **module.settings(), **({"shared": module.shared} if module.shares else {})}
+        return {"type": kind, **module.settings()}
     if type(module) in MODULES:
         return {"type": kind, **{key: value_json(getattr(module, key)) for key in MODULES[type(module)]}}
     raise ProgramError(f"{name} is a {kind}, which the format does not know")
@@ -110,14 +134,14 @@ def _step_json(step: Step) -> dict[str, Any]:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_program(plain: Any, members: int) -> Program:
+def read_program(plain: Any, members: int, version: int) -> Program:
     """The program that `program_json` wrote, on the meta device: its tensors have shapes and no memory.
 
     Raises:
         ProgramError: for anything that is not a program of `members` members.
     """
     plain = object_of(plain)
-    only_keys(plain, ("layers", "nodes"))
+    only_keys(plain, ("layers", "nodes") if version == 1 else ("layers", "nodes", "image"))
     nodes, layers = plain.get("nodes"), object_of(plain.get("layers"))
     if not isinstance(nodes, list) or not 2 <= len(nodes) <= MOST_NODES or len(layers) > MOST_NODES:
         raise ProgramError(f"nodes must be a list of up to {MOST_NODES}, from the input to the output")
@@ -126,7 +150,7 @@ def read_program(plain: Any, members: int) -> Program:
     owners = {name[: dot.start()] for name in layers for dot in re.finditer(r"\.", name)}
     if nested := owners & layers.keys():
         raise ProgramError(f"the layer {min(nested)} has layers in it")
-    modules = {name: read_layer(layer, name, members) for name, layer in layers.items()}
+    modules = {name: read_layer(layer, name, members, version) for name, layer in layers.items()}
 
     first, *between, last = map(object_of, nodes)
     if (
@@ -142,10 +166,20 @@ def read_program(plain: Any, members: int) -> Program:
     output = read_value(last.get("args"))
     if not isinstance(output, list) or len(output) != 1 or not TENSOR.fits(resolved(output[0], results)):
         raise ProgramError("the output is not one value")
-    program = Program(first["name"], steps, output[0], modules)
+    if version == 1:
+        sharing = [name for name, module in modules.items() if isinstance(module, LayerKind) and module.shared]
+        program: Program = FoldedProgram(first["name"], steps, output[0], modules, members, sharing)
+    else:
+        program = Program(first["name"], steps, output[0], modules, members, _image(plain.get("image")))
     if program.most_results > MOST_RESULTS:
         raise ProgramError(f"{program.most_results} results are needed at the same time, more than {MOST_RESULTS}")
     return program
+
+
+def _image(plain: Any) -> list[int] | None:
+    if plain is not None and not several(SIZE, MOST_DIMS).fits(plain):
+        raise ProgramError(f"image={shown(plain)} is not the shape of one")
+    return plain
 
 
 def _check_layer_name(name: str) -> None:
@@ -192,18 +226,23 @@ def _read_step(node: dict[str, Any], results: dict[str, Result], modules: dict[s
     return Step(node["name"], op, target, tuple(args), kwargs)
 
 
-def read_layer(plain: Any, name: str, members: int) -> nn.Module:
-    """A layer as `layer_json` wrote it, on the meta device; tensors of shapes that the JSON does not say are empty."""
+def read_layer(plain: Any, name: str, members: int, version: int) -> nn.Module:
+    """A layer as `layer_json` wrote it, on the meta device; tensors of shapes that the JSON does not say are empty.
+
+    In files of version 1 layers say whether they take shared images, and there are more types of them.
+    """
     settings = Settings(plain)
     kind = settings.plain.get("type")
     try:
         with torch.device("meta"):
             if kind in LAYERS:
                 layer = LAYERS[kind].from_settings(settings, members)
-                layer.shared = layer.shares and settings.flag("shared")
+                if version == 1:
+                    layer.shared = settings.flag("shared") and layer.shares
                 settings.expect_no_more()
-                return layer
-            if kind in _MODULE_TYPES:
+                if version == 1 or kind != Repeat.__name__:
+                    return layer
+            elif kind in _MODULE_TYPES and (version == 1 or _MODULE_TYPES[kind] in POOLS):
                 return _read_module(_MODULE_TYPES[kind], settings.plain)
     except (TypeError, ValueError, AssertionError) as error:
         raise ProgramError(f"{name}: {error}") from error

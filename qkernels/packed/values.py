@@ -1,13 +1,20 @@
 """The values that a program passes to layers, functions and methods: as JSON, and of which kind each may be."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from .kinds import LARGEST_NUMBER, ProgramError, object_of, shown
-from .program import Ref, mapped
+from .steps import Ref, mapped
 
 MOST_DIMS = 8
-Result = Literal["tensor", "tensors", "number", "shape"]
+Result = Literal["tensor", "tensors", "number", "shape", "device"]
+DTYPES = {
+    str(t).removeprefix("torch."): t
+    for t in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+}
 
 # As JSON ---------------------------------------------------------------------------------------------------------
 
@@ -24,6 +31,10 @@ def value_json(value: Any) -> Any:
         return {"slice": [value_json(v) for v in (value.start, value.stop, value.step)]}
     if value is Ellipsis:
         return {"ellipsis": True}
+    if isinstance(value, float) and math.isinf(value):
+        return {"float": str(value)}  # of which JSON has none
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ProgramError(f"the format has no {type(value).__name__}")
@@ -44,6 +55,10 @@ def read_value(plain: Any, depth: int = 4) -> Any:
         return tuple([read_value(part, depth - 1) for part in inner])
     if key == "slice" and isinstance(inner, list) and len(inner) == 3:
         return slice(*(read_value(part, depth - 1) for part in inner))
+    if key == "float" and inner in ("inf", "-inf"):
+        return float(inner)
+    if key == "dtype" and isinstance(inner, str) and inner in DTYPES:
+        return DTYPES[inner]
     if key == "ellipsis" and inner is True:
         return Ellipsis
     raise ProgramError(f"an unknown kind of value: {shown(plain)}")
@@ -118,6 +133,11 @@ def pair(kind: Kind) -> Kind:
     )
 
 
+def up_to_three(kind: Kind) -> Kind:
+    """One for all dimensions of images, or one for each."""
+    return kind | several(kind, 3)
+
+
 def _real(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= LARGEST_NUMBER  # not NaN either
 
@@ -131,11 +151,14 @@ def _index(value: Any) -> bool:
 TENSOR = Kind("a tensor", lambda v: v == Known("tensor"))
 TENSORS = Kind("several tensors", lambda v: v == Known("tensors"))
 SHAPE = Kind("a shape", lambda v: v == Known("shape"))
+DEVICE = Kind("a device", lambda v: v == Known("device"))
 FLAG = Kind("true or false", lambda v: type(v) is bool)
 NOTHING = one_of(None)
 REAL = Kind(f"a number within +-{LARGEST_NUMBER}", _real)
+REAL_OR_INFINITE = REAL | one_of(math.inf, -math.inf)
 NUMBER = REAL | Kind("a computed number", lambda v: v == Known("number"))
 INTEGER = whole(-LARGEST_NUMBER) | Kind("a computed number", lambda v: v == Known("number"))
+DTYPE = Kind("a dtype", lambda v: isinstance(v, torch.dtype) and v in DTYPES.values())
 DIM = whole(-MOST_DIMS, MOST_DIMS - 1)
 DIMS = DIM | several(DIM, MOST_DIMS)
 SIZES = SHAPE | several(INTEGER, MOST_DIMS)

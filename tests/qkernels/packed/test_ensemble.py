@@ -1,7 +1,6 @@
 """PackedEnsemble: the fused graph of all members gives what the fake-quantized models give."""
 
 import copy
-import operator
 import re
 
 import pytest
@@ -119,26 +118,17 @@ def test_the_models_are_left_as_they_were():
 @pytest.mark.parametrize(
     "body, reason",
     [
-        (lambda self, x: x if x.sum() > 0 else -x, "torch.fx cannot trace it"),
-        (lambda self, x: operator.iadd(x, 1), None),
-        (lambda self, x: operator.iadd(x, 1) + x, "changes a value in place that is used again"),
-        (lambda self, x: x.relu_() + x, "changes a value in place that is used again"),
-        (lambda self, x: F.relu(x, inplace=True) + x, "changes a value in place that is used again"),
-        (lambda self, x: x * self.norm.weight, "without a batch dimension"),
-        (lambda self, x: x * self.norm.weight.view(1, 8, 1, 1).exp(), None),
+        (lambda self, x: x if x.sum() > 0 else -x, "decides by the values of its images"),
+        (lambda self, x: x.view(-1).relu_().view_as(x) + x, "changes a value in place that is used again"),
+        (lambda self, x: torch.special.airy_ai(x), "airy_ai, which the format does not know"),
     ],
 )
 def test_what_cannot_be_one_graph_runs_in_turn(body, reason):
     models = members(lambda: Small(body))
-    for model in models:
-        nn.init.normal_(model.norm.weight)
     ensemble = qk.PackedEnsemble.from_models(models)
     assert_same_logits(ensemble, models, torch.randn(2, 3, 8, 8))
-    if reason is None:
-        assert ensemble.report.in_turn is None
-    else:
-        assert reason in ensemble.report.in_turn and "members run in turn" in str(ensemble.report)
-        assert ensemble.report.floating == ["head"]
+    assert reason in ensemble.report.in_turn and "members run in turn" in str(ensemble.report)
+    assert ensemble.report.floating == ["head"]
     assert ensemble.nbytes < sum(p.nbytes for model in models for p in model.parameters()) / 2
 
 
@@ -200,7 +190,7 @@ def test_gradients_are_refused():
     assert not ensemble(torch.randn(1, 3, 8, 8, requires_grad=True)).requires_grad
     packed = qk.PackedConv2d.from_layers([models[0].conv1])
     with pytest.raises(RuntimeError, match="for inference and have no gradient"):
-        packed(torch.randn(1, 3, 8, 8, requires_grad=True)).sum().backward()
+        packed(torch.randn(1, 1, 3, 8, 8, requires_grad=True)).sum().backward()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -229,12 +229,13 @@ def test_a_forward_takes_no_more_than_the_limit(folder, bomb):
 
 def test_max_bytes_raises_the_limit(folder):
     steps = [("function", "pad", [of("x"), [0, 2**14, 0, 2**11]]), ("method", "mean", [of("s0"), [2, 3]])]
+    steps.append(("function", "cat", [[of("s1")] * 3]))
     with_right_checksums(folder, lambda config: append_steps(config, *steps))
     images = torch.ones(1, 3, 8, 8)
     with pytest.raises(PackedFileError, match="max_bytes"):
         qk.PackedEnsemble.load(folder)(images)
     ensemble = qk.PackedEnsemble.load(folder, max_bytes=2**31)
-    assert ensemble.program(images).shape == (1, 3)
+    assert ensemble.program(images).shape == (3, 1, 3)
     with pytest.raises(PackedFileError, match="more than max_bytes=1,000"):
         qk.PackedEnsemble.load(folder, max_bytes=1000)
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.ops.packing import packed_bytes
+from qkernels.packed.forms import know_libraries, stack
 from qkernels.packed.packed_layer import quantize_members, runs_of
-from qkernels.packed.stacking import pack
 from qkernels.quantize.codes import weight_codes
 from qkernels.quantize.quantizers import INQ, LSQ, ActivationLSQ
 
@@ -24,9 +24,14 @@ def assert_near(actual, expected):
 
 
 def in_turn(layers, x, shared):
-    images = [x] * len(layers) if shared else x.chunk(len(layers))
+    images = [x] * len(layers) if shared else x
     with torch.no_grad():
-        return torch.cat([layer(image) for layer, image in zip(layers, images, strict=True)])
+        return torch.stack([layer(image) for layer, image in zip(layers, images, strict=True)])
+
+
+def of_members(layers, shared, *shape):
+    """Random images: each member's, or those of all."""
+    return torch.randn(*([] if shared else [len(layers)]), *shape)
 
 
 @st.composite
@@ -61,7 +66,7 @@ def test_convolutions(arguments, bits, granularity, images, shared):
     layers = [qk.QConv2d(**arguments, quantizer=LSQ(b, granularity)) for b in bits]
     packed = qk.PackedConv2d.from_layers(layers)
     packed.shared = shared
-    x = torch.randn(images * (1 if shared else len(bits)), arguments["in_channels"], 9, 11)
+    x = of_members(layers, shared, images, arguments["in_channels"], 9, 11)
     assert_near(packed(x), in_turn(layers, x, shared))
     count = layers[0].weight.numel()
     assert packed.weight_packed.numel() == sum(packed_bytes(count, b) for b in bits)
@@ -75,14 +80,14 @@ def test_convolutions(arguments, bits, granularity, images, shared):
     st.integers(1, 20),
     st.booleans(),
     st.lists(st.integers(2, 8), min_size=1, max_size=4),
-    st.sampled_from([(), (3,), (2, 3)]),
+    st.sampled_from([(), (2,), (2, 3), (2, 2, 3)]),
     st.booleans(),
 )
-def test_linear_layers(inputs, outputs, bias, bits, inner, shared):
+def test_linear_layers(inputs, outputs, bias, bits, lead, shared):
     layers = [qk.QLinear(inputs, outputs, bias, quantizer=LSQ(b)) for b in bits]
     packed = qk.PackedLinear.from_layers(layers)
     packed.shared = shared
-    x = torch.randn(2 * (1 if shared else len(bits)), *inner, inputs)
+    x = of_members(layers, shared, *lead, inputs)
     assert_near(packed(x), in_turn(layers, x, shared))
 
 
@@ -93,14 +98,15 @@ def test_only_convolutions_of_images_are_packed_as_such():
 
 def test_timm_s_padding_depends_on_the_image():
     timm_layers = pytest.importorskip("timm.layers")
+    know_libraries()
     layers = []
     for _ in range(2):
         model = nn.Sequential(timm_layers.Conv2dSame(3, 8, 3, stride=2))
         qk.quantize_(model, qk.QConfig(last_layer="same"))
         layers.append(model[0])
-    packed = pack(layers, "0")
+    packed = stack(layers)
     for size in (7, 8):
-        x = torch.randn(4, 3, size, size + 1)
+        x = torch.randn(2, 2, 3, size, size + 1)
         assert_near(packed(x), in_turn(layers, x, shared=False))
 
 
@@ -115,7 +121,7 @@ def test_learned_activations_stay_as_they_were_trained(signed, shared):
     packed = qk.PackedConv2d.from_layers(layers)
     packed.shared = shared
     assert packed.input_range == ((-8, 7) if signed else (0, 15))
-    x = torch.randn(2 if shared else 6, 4, 8, 8)
+    x = of_members(layers, shared, 2, 4, 8, 8)
     assert_near(packed(x), in_turn(layers, x, shared))
 
 
@@ -123,15 +129,15 @@ def test_a_residual_that_broadcasts_is_added_all_the_same():
     layers = [qk.QConv2d(3, 4, 1) for _ in range(2)]
     packed = qk.PackedConv2d.from_layers(layers)
     packed.activation = "relu"
-    x = torch.randn(4, 3, 5, 5)
-    for shape in ((4, 4, 5, 5), (4, 4, 1, 1)):
+    x = torch.randn(2, 2, 3, 5, 5)
+    for shape in ((2, 2, 4, 5, 5), (2, 2, 4, 1, 1)):
         residual = torch.randn(shape)
         assert_near(packed(x, residual), (in_turn(layers, x, False) + residual).relu())
-    codes = torch.randint(0, 255, (4, 4, 1, 1), dtype=torch.uint8)
+    codes = torch.randint(0, 255, (2, 2, 4, 1, 1), dtype=torch.uint8)
     packed.quantize_input_(torch.full((2,), 0.02), (-128, 127))
     packed.residual_scale = torch.tensor([0.01, 0.02])
     packed.output_scale, packed.output_range = torch.tensor([0.03, 0.04]), (0, 255)
-    whole = packed(x, codes.expand(4, 4, 5, 5))
+    whole = packed(x, codes.expand(2, 2, 4, 5, 5))
     assert whole.dtype == torch.uint8 and (packed(x, codes).int() - whole.int()).abs().max() <= 1
 
 
@@ -139,7 +145,7 @@ def test_half_precision_keeps_scales_in_float32():
     layers = [qk.QConv2d(8, 8, 3) for _ in range(2)]
     packed = qk.PackedConv2d.from_layers(layers).half()
     assert packed.weight_scale.dtype == packed.bias.dtype == torch.float32
-    x = torch.randn(4, 8, 6, 6).half()
+    x = torch.randn(2, 2, 8, 6, 6).half()
     expected = in_turn(layers, x.float(), shared=False)
     assert packed(x).dtype == torch.float16
     assert (packed(x) - expected).abs().max() <= 2e-3 * expected.abs().max()
@@ -147,12 +153,12 @@ def test_half_precision_keeps_scales_in_float32():
 
 def test_folding_an_affine_map_does_not_change_the_codes():
     packed = qk.PackedConv2d.from_layers([qk.QConv2d(3, 4, 3, bias=False) for _ in range(2)])
-    x = torch.randn(4, 3, 6, 6)
+    x = torch.randn(2, 2, 3, 6, 6)
     before, codes = packed(x), packed.weight_packed.clone()
     factor, shift = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
     packed.rescale_(factor, shift)
-    expected = before.unflatten(0, (2, 2)) * factor[:, None, :, None, None] + shift[:, None, :, None, None]
-    assert_near(packed(x), expected.flatten(0, 1).float())
+    expected = before * factor[:, None, :, None, None] + shift[:, None, :, None, None]
+    assert_near(packed(x), expected.float())
     assert torch.equal(packed.weight_packed, codes)
 
 
@@ -191,7 +197,7 @@ def test_each_member_has_its_own_scale():
 
 def test_copies_and_compiles():
     packed = qk.PackedConv2d.from_layers([qk.QConv2d(3, 4, 3) for _ in range(2)])
-    x = torch.randn(2, 3, 6, 6)
+    x = torch.randn(2, 1, 3, 6, 6)
     expected = packed(x)
     assert torch.equal(copy.deepcopy(packed)(x), expected)
     assert_near(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), expected)

@@ -276,13 +276,15 @@ def test_a_registered_layer_is_packed_by_its_own_form(forgetful_registry):
 
     qk.register_layer(Scaled, QScaled)
     models = [trained(seed) for seed in range(2)]
-    with pytest.raises(ValueError, match=r"1 is a QScaled, which has no packed form; see qkernels\.register_layer"):
-        qk.PackedEnsemble.from_models(models)
-    qk.register_layer(Scaled, QScaled, pack)
     x = torch.randn(3, 3, 3, 3)
+    expected = torch.stack([model(x) for model in models])
+    ensemble = qk.PackedEnsemble.from_models(models)  # by what its forward does with the weight
+    assert ensemble.report.packed == ["0", "_1_weight"] and ensemble.report.in_turn is None
+    torch.testing.assert_close(ensemble.member_logits(x), expected)
+    qk.register_layer(Scaled, QScaled, pack)
     ensemble = qk.PackedEnsemble.from_models(models)
     assert ensemble.report.packed == ["0", "1"] and ensemble.report.in_turn is None
-    torch.testing.assert_close(ensemble.member_logits(x), torch.stack([model(x) for model in models]))
+    torch.testing.assert_close(ensemble.member_logits(x), expected)
 
 
 def test_a_root_layer_is_quantized_and_returned():
