@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import qkernels as qk
 
+STEPS = 12  # that each recipe trains a member
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 
@@ -67,6 +68,12 @@ def run(title: str) -> types.ModuleType:
     sys.modules["program"] = recipe
     exec(compile(program(title), title, "exec"), vars(recipe))
     return recipe
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """As the recipes do it, to be enabled later."""
+    qk.quantize_(model, qk.QConfig(weight_bits=7), enabled=False)
+    return model
 
 
 def plain(

@@ -13,10 +13,9 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import qkernels as qk
-from recipe import Interrupted, Recording, plain, recording, run
+from recipe import STEPS, Interrupted, Recording, plain, quantized, recording, run
 
 pytestmark = pytest.mark.slow
-STEPS = 12  # of a member
 MISSING = "pip install 'qtdog[recipes]'"
 
 
@@ -72,11 +71,6 @@ def check(title, plain_loop, switch, resume, architecture=None):
     apart = (ensemble.member_logits(recipe.images) - logits).abs().max() / logits.abs().max()
     assert apart < 1e-4
     return recipe
-
-
-def quantized(model):
-    qk.quantize_(model, qk.QConfig(weight_bits=7), enabled=False)
-    return model
 
 
 def test_lightning():
