@@ -55,18 +55,18 @@ def recording(steps: int | None = None) -> Iterator[Recording]:
         yield found
 
 
-def program(title: str) -> str:
-    """The Python block of a section of the page."""
+def programs(title: str) -> list[str]:
+    """The Python blocks of a section of the page."""
     (section,) = (part for part in PAGE.read_text().split("\n## ") if part.startswith(f"{title}\n"))
-    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    return block
+    return re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 
 
 def run(title: str) -> types.ModuleType:
     """A recipe as a module that has run; the libraries look classes up in theirs."""
     recipe = types.ModuleType("program")
     sys.modules["program"] = recipe
-    exec(compile(program(title), title, "exec"), vars(recipe))
+    (text,) = programs(title)
+    exec(compile(text, title, "exec"), vars(recipe))
     return recipe
 
 
