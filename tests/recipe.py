@@ -34,7 +34,7 @@ class Recording:
 
 @contextmanager
 def recording(steps: int | None = None) -> Iterator[Recording]:
-    """What is trained on within, with cross-entropy on images of three channels; Interrupted after so many steps."""
+    """The steps trained within: cross-entropy, of images with three channels. Interrupted after so many, if given."""
     found, cross_entropy, conv2d = Recording(), F.cross_entropy, F.conv2d
 
     def record_loss(logits, labels, *args, **kwargs):
@@ -62,9 +62,8 @@ def programs(title: str) -> list[str]:
 
 
 def run(title: str) -> types.ModuleType:
-    """A recipe as a module that has run; the libraries look classes up in theirs."""
-    recipe = types.ModuleType("program")
-    sys.modules["program"] = recipe
+    """The recipe of a section, which has run, as a module: libraries look for a class in the module that it names."""
+    recipe = sys.modules["program"] = types.ModuleType("program")
     (text,) = programs(title)
     exec(compile(text, title, "exec"), vars(recipe))
     return recipe
@@ -81,12 +80,18 @@ def plain(
     optimizer: torch.optim.Optimizer,
     seen: Recording,
     switch: int | None,
+    *,
     after: Callable[[int], None] = lambda step: None,
-    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     average: nn.Module | None = None,
     max_norm: float | None = None,
 ) -> list[float]:
-    """Losses of a loop over the same batches, that begins to quantize before a step; `after` each step something else."""
+    """Losses of a loop over the batches seen, which begins to quantize before the step `switch`.
+
+    Args:
+        after: what else happens, called with each step at its end.
+        average: of the model, enabled with it.
+        max_norm: of gradients, clipped.
+    """
     losses = []
     for step, (images, labels) in enumerate(zip(seen.images, seen.labels, strict=True)):
         if step == switch:
@@ -94,7 +99,7 @@ def plain(
             if average is not None:
                 qk.enable_(average)
         optimizer.zero_grad()
-        loss = loss_of(model(images), labels)
+        loss = F.cross_entropy(model(images), labels)
         loss.backward()
         if max_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -18,7 +18,8 @@ from qtdog.data.benchmarks import BENCHMARKS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run by .ci/run or other tests.
-ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m qkernels", "unzip ", "torchrun ")
+ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m domainbed", "python -m qkernels")
+ELSEWHERE += ("unzip ", "torchrun ")
 SMALL = "--steps 2 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --device cpu"
 READERS = ("train", "sweep", "ensemble", "eval", "flatness", "landscape", "curvature")  # of images
 MEASURE = {
@@ -35,7 +36,7 @@ def blocks(page: Path, language: str) -> list[str]:
 PYTHON = [
     pytest.param(code, id=f"{page.stem}{i}")
     for page in PAGES
-    if page.stem != "extending"  # its blocks are one file: tests/qtdog/test_plugins.py
+    if page.stem not in ("extending", "recipes")  # whose blocks run in tests/qtdog/test_plugins.py and tests/recipes
     for i, code in enumerate(blocks(page, "python"))
 ]
 

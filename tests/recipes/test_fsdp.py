@@ -1,4 +1,4 @@
-"""The recipe of FSDP2, in two gloo processes: the losses of one, resumed to the same end, a packed file."""
+"""The recipe of FSDP2 in two gloo processes: the losses of one, resumed after the switch to the same end, packed."""
 
 import os
 from unittest import mock
@@ -14,10 +14,9 @@ from two_processes import in_two_processes
 
 def worker(rank, folder):
     os.chdir(folder)
-    # The process group of the recipe is the one that there is.
-    with mock.patch("torch.distributed.init_process_group"), mock.patch("torch.distributed.destroy_process_group"):
-        with recording() as seen:
-            recipe = run("FSDP2")
+    there_is_one = (mock.patch(f"torch.distributed.{what}_process_group") for what in ("init", "destroy"))
+    with next(there_is_one), next(there_is_one), recording() as seen:
+        recipe = run("FSDP2")
     again = folder / "again"
     again.mkdir(exist_ok=True)
     os.chdir(again)
@@ -29,32 +28,38 @@ def worker(rank, folder):
     parts = [Recording(), Recording()]
     distributed.all_gather_object(parts, seen)
     if rank == 0:
-        losses = torch.tensor([part.losses for part in parts]).mean(0)[:STEPS]
-        both = Recording(
-            images=[torch.cat(pair) for pair in zip(*(part.images[:STEPS] for part in parts), strict=True)],
-            labels=[torch.cat(pair) for pair in zip(*(part.labels[:STEPS] for part in parts), strict=True)],
-        )
-        found = {"losses": losses, "answers": recipe.answers, "images": recipe.images, "ends": [recipe.states[0], end]}
-        for name, switch in (("plain", 6), ("float", None)):
-            torch.manual_seed(0)
-            model = quantized(recipe.network())
-            optimizer = torch.optim.AdamW(qk.param_groups(model, lr=1e-3, weight_decay=0.01, scale_lr=1e-4))
-            found[name] = torch.tensor(plain(model, optimizer, both, switch))
-        with torch.no_grad():
-            found["logits"] = torch.stack([model(recipe.images) for model in recipe.models])
+        found = of_one_process(recipe, parts)
+        found |= {"answers": recipe.answers, "images": recipe.images, "ends": [recipe.states[0], end]}
         torch.save(found, folder / "found.pt")
+
+
+def of_one_process(recipe, parts):
+    """Losses of the first member in the recipe and in plain loops over whole batches; logits of all members."""
+    found = {"losses": torch.tensor([part.losses[:STEPS] for part in parts]).mean(0)}
+    both = Recording(
+        images=[torch.cat(pair) for pair in zip(*(part.images[:STEPS] for part in parts), strict=True)],
+        labels=[torch.cat(pair) for pair in zip(*(part.labels[:STEPS] for part in parts), strict=True)],
+    )
+    for name, switch in (("plain", 6), ("float", None)):
+        torch.manual_seed(0)
+        model = quantized(recipe.network())
+        optimizer = torch.optim.AdamW(qk.param_groups(model, lr=1e-3, weight_decay=0.01, scale_lr=1e-4))
+        found[name] = torch.tensor(plain(model, optimizer, both, switch))
+    with torch.no_grad():
+        found["logits"] = torch.stack([model(recipe.images) for model in recipe.models])
+    return found
 
 
 @pytest.mark.slow
 def test_fsdp(tmp_path):
     in_two_processes(worker, tmp_path)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    found = torch.load("found.pt", weights_only=True)
     torch.testing.assert_close(found["losses"], found["plain"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found["losses"][:6], found["float"][:6], rtol=1e-6, atol=1e-6)
     assert (found["losses"][6] - found["float"][6]).abs() > 1e-5
     end, again = found["ends"]
     assert all(torch.equal(value, again[name]) for name, value in end.items())
-    ensemble = qk.PackedEnsemble.load(tmp_path / "packed")
+    ensemble = qk.PackedEnsemble.load("packed")
     assert torch.equal(found["answers"], ensemble(found["images"]))
     apart = (ensemble.member_logits(found["images"]) - found["logits"]).abs().max() / found["logits"].abs().max()
     assert apart < 1e-4

@@ -1,4 +1,4 @@
-"""Each recipe: the losses of a plain loop, the switch in the middle, resumed to the same end, a packed file at the end."""
+"""Recipes of docs/recipes.md: the losses of a plain loop, resumed after the switch to the same end, a packed file."""
 
 import copy
 import math
@@ -8,23 +8,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import qkernels as qk
 from recipe import STEPS, Interrupted, Recording, plain, quantized, recording, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.untraced]
 MISSING = "pip install 'qtdog[recipes]'"
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(tmp_path, monkeypatch):
-    """In a folder of its own, and on the CPU, where sums have one order."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
 def same(model, other):
@@ -81,13 +72,13 @@ def test_lightning():
         model = quantized(timm.create_model("test_resnet", num_classes=3))
         average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
         optimizer = torch.optim.Adam(qk.param_groups(model, lr=1e-3, scale_lr=1e-4))
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 12)
 
         def after(step):
             scheduler.step()
             average.update_parameters(model)
 
-        return plain(model, optimizer, seen, switch, after, average=average), average.module
+        return plain(model, optimizer, seen, switch, after=after, average=average), average.module
 
     check("PyTorch Lightning", plain_loop, 5, ("member0/epoch=2-step=9.ckpt", 9))
 
@@ -99,9 +90,10 @@ def test_hugging_face_trainer():
     def plain_loop(recipe, seen, switch):
         torch.manual_seed(0)
         model = quantized(transformers.ViTForImageClassification(recipe.config))
+        logits = recipe.Logits(model)
         optimizer = torch.optim.AdamW(qk.param_groups(model, lr=1e-3, weight_decay=0.01, scale_lr=1e-4))
         scheduler = transformers.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 0, 12, num_cycles=2)
-        return plain(recipe.Logits(model), optimizer, seen, switch, lambda step: scheduler.step(), max_norm=1.0), model
+        return plain(logits, optimizer, seen, switch, after=lambda step: scheduler.step(), max_norm=1.0), model
 
     def architecture(recipe):
         return recipe.Logits(transformers.ViTForImageClassification(recipe.config))
@@ -119,7 +111,7 @@ def test_accelerate():
         model = quantized(recipe.Classifier())
         optimizer = torch.optim.AdamW(qk.param_groups(model, lr=1e-3, weight_decay=0.01, scale_lr=1e-4))
         scheduler = transformers.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 2, 12, num_cycles=2)
-        return plain(model, optimizer, seen, switch, lambda step: scheduler.step()), model
+        return plain(model, optimizer, seen, switch, after=lambda step: scheduler.step()), model
 
     check("accelerate", plain_loop, 6, (3, 9), lambda recipe: recipe.Classifier())
 
@@ -140,7 +132,7 @@ def test_timm():
 
         for group in optimizer.param_groups:
             group["lr"] = 1e-5  # where timm's warmup begins
-        return plain(model, optimizer, seen, switch, after, average=average), average
+        return plain(model, optimizer, seen, switch, after=after, average=average), average
 
     check("timm", plain_loop, 6, ("member0/checkpoint-2.pth.tar", 9))
 
@@ -148,10 +140,9 @@ def test_timm():
 def test_torchvision():
     def plain_loop(recipe, seen, switch):
         torch.manual_seed(0)
-        model = quantized(torchvision.models.mobilenet_v2(width_mult=0.25, dropout=0.0, num_classes=3))
+        model = quantized(torchvision.models.get_model("mobilenet_v2", width_mult=0.25, dropout=0.0, num_classes=3))
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
         optimizer = torch.optim.SGD(qk.param_groups(model, lr=0.01, weight_decay=1e-4, scale_lr=1e-3), momentum=0.9)
-
         warmup = lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=1)
         scheduler = lr_scheduler.SequentialLR(optimizer, [warmup, lr_scheduler.CosineAnnealingLR(optimizer, 3)], [1])
 
@@ -160,6 +151,6 @@ def test_torchvision():
             if step % 3 == 2:
                 scheduler.step()
 
-        return plain(model, optimizer, seen, switch, after, recipe.criterion, average), average.module
+        return plain(model, optimizer, seen, switch, after=after, average=average), average.module
 
     check("torchvision's references", plain_loop, 6, ("member0_2.pth", 9))
