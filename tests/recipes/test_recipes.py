@@ -100,6 +100,8 @@ def test_hugging_face_trainer():
 
     recipe = check("Hugging Face Trainer", plain_loop, 6, ("member0/checkpoint-8", 8), architecture)
     assert same(recipe.plain, recipe.models[0])
+    _, found = transformers.AutoModelForImageClassification.from_pretrained("member0", output_loading_info=True)
+    assert "vit.layers.0.mlp.fc1.weight_scale" in found["unexpected_keys"]
 
 
 def test_accelerate():
