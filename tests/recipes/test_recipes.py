@@ -1,4 +1,4 @@
-"""Recipes of docs/recipes.md: the losses of a plain loop, resumed after the switch to the same end, a packed file."""
+"""Recipes of docs/recipes.md: the losses of a plain loop, resumed before and after the switch, a packed file."""
 
 import copy
 import math
@@ -23,13 +23,13 @@ def same(model, other):
     return all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
 
 
-def check(title, plain_loop, switch, resume, architecture=None):
+def check(title, plain_loop, switch, resumed_from, architecture=None):
     """Run a recipe of twelve steps a member and hold it to `plain_loop(recipe, seen, switch)`; then resume it.
 
     Args:
         plain_loop: gives losses and the model at the end.
         switch: the first step that quantizes.
-        resume: what the recipe's `train` takes to resume, and from which step that is; interrupted it is a step later.
+        resumed_from: step -> what the recipe's `train` takes to go on from there; interrupted it is after the latest.
         architecture: of the recipe, the float model that loads its packed file, where members run in turn.
 
     Returns:
@@ -47,12 +47,13 @@ def check(title, plain_loop, switch, resume, architecture=None):
 
     os.mkdir("again")
     os.chdir("again")
-    with recording(resume[1] + 1) as seen, pytest.raises(Interrupted):
+    with recording(max(resumed_from) + 1) as seen, pytest.raises(Interrupted):
         recipe.train(0)
-    with recording() as resumed:
-        model = recipe.train(0, resume[0])
-    assert seen.losses[: resume[1]] + resumed.losses == first.losses
-    assert same(recipe.models[0], model)
+    for step, checkpoint in resumed_from.items():
+        with recording() as resumed:
+            model = recipe.train(0, checkpoint)
+        assert seen.losses[:step] + resumed.losses == first.losses
+        assert same(recipe.models[0], model)
     os.chdir("..")
 
     ensemble = qk.PackedEnsemble.load("packed", architecture and architecture(recipe))
@@ -80,7 +81,7 @@ def test_lightning():
 
         return plain(model, optimizer, seen, switch, after=after, average=average), average.module
 
-    check("PyTorch Lightning", plain_loop, 5, ("member0/epoch=2-step=9.ckpt", 9))
+    check("PyTorch Lightning", plain_loop, 5, {9: "member0/epoch=2-step=9.ckpt", 3: "member0/epoch=0-step=3.ckpt"})
 
 
 def test_hugging_face_trainer():
@@ -98,7 +99,9 @@ def test_hugging_face_trainer():
     def architecture(recipe):
         return recipe.Logits(transformers.ViTForImageClassification(recipe.config))
 
-    recipe = check("Hugging Face Trainer", plain_loop, 6, ("member0/checkpoint-8", 8), architecture)
+    recipe = check(
+        "Hugging Face Trainer", plain_loop, 6, {8: "member0/checkpoint-8", 4: "member0/checkpoint-4"}, architecture
+    )
     assert same(recipe.plain, recipe.models[0])
     _, found = transformers.AutoModelForImageClassification.from_pretrained("member0", output_loading_info=True)
     assert "vit.layers.0.mlp.fc1.weight_scale" in found["unexpected_keys"]
@@ -115,7 +118,7 @@ def test_accelerate():
         scheduler = transformers.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 2, 12, num_cycles=2)
         return plain(model, optimizer, seen, switch, after=lambda step: scheduler.step()), model
 
-    check("accelerate", plain_loop, 6, (3, 9), lambda recipe: recipe.Classifier())
+    check("accelerate", plain_loop, 6, {9: 3, 3: 1}, lambda recipe: recipe.Classifier())
 
 
 def test_timm():
@@ -136,7 +139,7 @@ def test_timm():
             group["lr"] = 1e-5  # where timm's warmup begins
         return plain(model, optimizer, seen, switch, after=after, average=average), average
 
-    check("timm", plain_loop, 6, ("member0/checkpoint-2.pth.tar", 9))
+    check("timm", plain_loop, 6, {9: "member0/checkpoint-2.pth.tar", 3: "member0/checkpoint-0.pth.tar"})
 
 
 def test_torchvision():
@@ -155,4 +158,4 @@ def test_torchvision():
 
         return plain(model, optimizer, seen, switch, after=after, average=average), average.module
 
-    check("torchvision's references", plain_loop, 6, ("member0_2.pth", 9))
+    check("torchvision's references", plain_loop, 6, {9: "member0_2.pth", 3: "member0_0.pth"})
