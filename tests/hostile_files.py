@@ -10,8 +10,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from qkernels.packed.functions import FUNCTIONS, METHODS
 from qkernels.packed.file import CONFIG, MODEL, config_sha256
+from qkernels.packed.functions import FUNCTIONS, METHODS
 
 
 def sign(folder: Path, config: dict[str, Any]) -> None:

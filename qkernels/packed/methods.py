@@ -110,7 +110,7 @@ METHODS: dict[str, Call] = {
         _method("numel", "number", form=alone),
         _method("permute", required=1, form=permuted, dims=DIMS, rest=DIM),
         _method("repeat", required=1, elements=count.repeated, sizes=INTEGER | SIZES, rest=INTEGER),
-        _method("repeat_interleave", required=1, elements=count.interleaved, repeats=whole(0), dim=DIM),
+        _method("repeat_interleave", required=1, elements=count.interleaved, repeats=INTEGER, dim=DIM),
         _method("reshape", required=1, form=reshaped, shape=INTEGER | SIZES, rest=INTEGER),
         _method(
             "roll",

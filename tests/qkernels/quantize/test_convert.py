@@ -278,11 +278,11 @@ def test_a_registered_layer_is_packed_by_its_own_form(forgetful_registry):
     models = [trained(seed) for seed in range(2)]
     x = torch.randn(3, 3, 3, 3)
     expected = torch.stack([model(x) for model in models])
-    ensemble = qk.PackedEnsemble.from_models(models)  # by what its forward does with the weight
+    ensemble = qk.PackedEnsemble.from_models(models, x)  # by what its forward does with the weight
     assert ensemble.report.packed == ["0", "_1_weight"] and ensemble.report.in_turn is None
     torch.testing.assert_close(ensemble.member_logits(x), expected)
     qk.register_layer(Scaled, QScaled, pack)
-    ensemble = qk.PackedEnsemble.from_models(models)
+    ensemble = qk.PackedEnsemble.from_models(models, x)
     assert ensemble.report.packed == ["0", "1"] and ensemble.report.in_turn is None
     torch.testing.assert_close(ensemble.member_logits(x), expected)
 
