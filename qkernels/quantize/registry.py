@@ -28,8 +28,8 @@ def register_layer(float_type: type[nn.Module], quantized_type: type[QuantizedLa
             `self.weight`. Where the weight is quantized only after something is made of it, `float_weight` says of
             what; `timm_layers.py` shows both.
         pack: one quantized layer a member to a PackedConv2d or PackedLinear that computes the same, as
-            `PackedConv2d.from_layers` does; without it such layers cannot be packed. Where such a layer stays float,
-            the members of an ensemble run in turn.
+            `PackedConv2d.from_layers` does. Without it the layer's forward is traced, with a packed weight that is
+            dequantized for it.
 
     Raises:
         TypeError: for a quantized type that is not of this kind.
