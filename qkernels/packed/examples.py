@@ -113,4 +113,6 @@ def other_sizes(shape: Sequence[int]) -> list[tuple[int, ...]]:
         return []
     sizes = shape[1:]
     halves = [(shape[0], *(n // 2 for n in sizes))] if min(sizes) >= 32 else []
-    return [*halves, (shape[0], *(n + 32 for n in sizes)), (shape[0] + 1, *sizes)]
+    # A head on flattened features takes what strides leave the same number of.
+    near = [(shape[0], *(n + more for n in sizes)) for more in (32, -1, 1)]
+    return [*halves, *near, (shape[0] + 1, *sizes)]

@@ -43,8 +43,9 @@ def pack_members(models: Sequence[nn.Module], card: ModelCard, combine: str) -> 
         "preprocessing": card.preprocessing,
         "combine": combine,
     }
+    device = next(models[0].parameters()).device
     try:
-        return qk.PackedEnsemble.from_models(models, **info)
+        return qk.PackedEnsemble.from_models(models, torch.zeros(2, *card.image_shape, device=device), **info)
     except ValueError as error:
         raise UserError(f"these runs cannot be one packed file: {error}") from error
 

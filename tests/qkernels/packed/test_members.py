@@ -241,6 +241,17 @@ def test_what_asks_for_sizes_is_for_images_of_one_size(tmp_path):
         ensemble(torch.randn(1, 3, 15, 15))
 
 
+def test_a_head_on_flattened_features_takes_what_strides_leave_alike(tmp_path):
+    """Images of 25 to 32 pixels become 4 by 4 features: those of 28 are not refused for being tried with 32."""
+
+    def make():
+        strided = [nn.Conv2d(width, 8, 3, 2, 1) for width in (1, 8, 8)]
+        return nn.Sequential(*strided, nn.Flatten(), nn.Linear(128, 4))
+
+    sizes = [torch.randn(2, 1, size, size) for size in (25, 28, 32)]
+    assert packed_like(members(make), tmp_path, *sizes).program.image is None
+
+
 def test_what_answers_otherwise_runs_in_turn(tmp_path):
     """Computed behind PyTorch's back: the graph knows nothing of it, but the answers tell."""
 
