@@ -103,35 +103,20 @@ def _pool(function: Any, **more: Any) -> Call:
     return Call(function, required=2, form=pooled, input=TENSOR, **kernel, **more)
 
 
+def _filter(function: Any, elements: Any, **more: Any) -> Call:
+    """A convolution, of whatever kind and dimensions."""
+    weights: dict[str, Any] = {"weight": TENSOR, "bias": OPTIONAL, "stride": up_to_three(SIZE)}
+    return Call(function, required=2, elements=elements, input=TENSOR, **weights, **more)
+
+
 def _convolution(function: Any) -> Call:
-    three: dict[str, Any] = {"stride": up_to_three(SIZE), "padding": up_to_three(EDGE) | one_of("same", "valid")}
-    return Call(
-        function,
-        required=2,
-        elements=count.convolved,
-        input=TENSOR,
-        weight=TENSOR,
-        bias=OPTIONAL,
-        **three,
-        dilation=up_to_three(SIZE),
-        groups=SIZE,
-    )
+    padding = up_to_three(EDGE) | one_of("same", "valid")
+    return _filter(function, count.convolved, padding=padding, dilation=up_to_three(SIZE), groups=SIZE)
 
 
 def _transposed(function: Any) -> Call:
     edges: dict[str, Any] = {"padding": up_to_three(EDGE), "output_padding": up_to_three(EDGE)}
-    return Call(
-        function,
-        required=2,
-        elements=count.transposed,
-        input=TENSOR,
-        weight=TENSOR,
-        bias=OPTIONAL,
-        stride=up_to_three(SIZE),
-        **edges,
-        groups=SIZE,
-        dilation=up_to_three(SIZE),
-    )
+    return _filter(function, count.transposed, **edges, groups=SIZE, dilation=up_to_three(SIZE))
 
 
 _AFFINE: dict[str, Any] = {"weight": OPTIONAL, "bias": OPTIONAL}

@@ -32,7 +32,7 @@ def pack_layers_(model: nn.Module) -> nn.Module:
     packed form become float ones with the quantized weight.
 
     Raises:
-        ValueError: for a layer whose type has no packed form.
+        ValueError: for a layer whose type has no packed form and whose input is quantized.
     """
     for name, layer in list(quantized_layers(model)):
         packed = pack(layer, name) if layer.enabled else None

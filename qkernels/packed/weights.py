@@ -65,10 +65,8 @@ class PackedWeight(LayerKind):
 
     def forward(self, x: Tensor) -> Tensor:
         """The weights in the dtype of x."""
-        count, moved = (
-            math.prod(self.shape),
-            [self.shape[self.axis], *self.shape[: self.axis], *self.shape[self.axis + 1 :]],
-        )
+        count = math.prod(self.shape)
+        moved = [self.shape[self.axis], *self.shape[: self.axis], *self.shape[self.axis + 1 :]]
         weights = [
             dequantize_packed(
                 self.weight_packed[run.bytes].view(run.members.stop - run.members.start, -1),

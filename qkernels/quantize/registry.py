@@ -29,7 +29,7 @@ def register_layer(float_type: type[nn.Module], quantized_type: type[QuantizedLa
             what; `timm_layers.py` shows both.
         pack: one quantized layer a member to a PackedConv2d or PackedLinear that computes the same, as
             `PackedConv2d.from_layers` does. Without it the layer's forward is traced, with a packed weight that is
-            dequantized for it.
+            dequantized for it; where members run in turn the layer is a float one with its quantized weight.
 
     Raises:
         TypeError: for a quantized type that is not of this kind.
