@@ -41,10 +41,10 @@ def padded(input: Tensor, pad: Sequence[int], *_: Any, **__: Any) -> int:
     return math.prod(shape)
 
 
-def pooled(input: Tensor, output_size: Any) -> int:
-    height, width = output_size if isinstance(output_size, list | tuple) else (output_size, output_size)
-    sizes = [own if wanted is None else wanted for wanted, own in zip((height, width), input.shape[-2:], strict=True)]
-    return input.numel() + math.prod((*input.shape[:-2], *sizes))
+def pooled(input: Tensor, output_size: Any, dims: int, **_: Any) -> int:
+    wanted = list(output_size) if isinstance(output_size, list | tuple) else [output_size] * dims
+    sizes = [own if size is None else size for size, own in zip(wanted, input.shape[-dims:], strict=True)]
+    return input.numel() + math.prod((*input.shape[:-dims], *sizes))
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..quantize.layers import QuantizedLayer, quantized_layers
 from . import file, loading
 from .answers import called, mean_of
+from .examples import answered
 from .file import Contents, nbytes_of, works_on_integers
 from .forms import NOTHING_IN_EVAL
 from .fusion import FusionReport
@@ -62,7 +63,7 @@ class PackedEnsemble(nn.Module):
         Raises:
             ValueError: if the models differ in more than their weights and bits, or nothing in them is quantized.
         """
-        _check_alike(models)
+        _check_alike(models, example)
         program, report = pack_models(models, example)
         return cls(program, len(models), report, info)
 
@@ -210,16 +211,20 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
-def _check_alike(models: Sequence[nn.Module]) -> None:
+def _check_alike(models: Sequence[nn.Module], example: Any) -> None:
     if not models:
         raise ValueError("PackedEnsemble: no models to pack")
-    first = _description(models[0])
+    descriptions = [_description(model) for model in models]
+    if example is not None and any(own != descriptions[0] for own in descriptions):
+        # What answering leaves behind is no setting.
+        descriptions = [_description(answered(model, example)) for model in models]
+    first = descriptions[0]
     for index, model in enumerate(models):
         if not any(layer.enabled for _, layer in quantized_layers(model)):
             raise ValueError(
                 f"PackedEnsemble: models[{index}] has no quantized layers: quantize_ or enable_ it, and train"
             )
-        own = _description(model)
+        own = descriptions[index]
         for name in first.keys() | own.keys():
             if first.get(name) != own.get(name):
                 raise ValueError(

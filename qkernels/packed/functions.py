@@ -6,6 +6,7 @@ what has neither is a function; `ONLY_OLD` are those that files of version 1 cal
 
 import operator
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from .values import (
     Kind,
     Known,
     Result,
+    for_each,
     one_of,
     pair,
     several,
@@ -97,10 +99,24 @@ def _elementwise(function: Any, **more: Any) -> Call:
     return Call(function, form=pointwise, input=TENSOR, **more)
 
 
-def _pool(function: Any, **more: Any) -> Call:
-    stride = pair(SIZE) | NOTHING
-    kernel: dict[str, Any] = {"kernel_size": pair(SIZE), "stride": stride, "padding": pair(EDGE)}
-    return Call(function, required=2, form=pooled, input=TENSOR, **kernel, **more)
+def _pool(function: Any, dims: int, **more: Any) -> Call:
+    size, edge = for_each(SIZE, dims), for_each(EDGE, dims)
+    kernel: dict[str, Any] = {"kernel_size": size, "stride": size | NOTHING, "padding": edge}
+    return Call(function, required=2, input=TENSOR, **kernel, **more)
+
+
+def _average(function: Any, dims: int, **more: Any) -> Call:
+    return _pool(function, dims, ceil_mode=FLAG, count_include_pad=FLAG, **more)
+
+
+def _largest(function: Any, dims: int, **more: Any) -> Call:
+    dilation = for_each(SIZE, dims)
+    return _pool(function, dims, dilation=dilation, ceil_mode=FLAG, return_indices=one_of(False), **more)
+
+
+def _adaptive(function: Any, dims: int, **more: Any) -> Call:
+    elements, size = partial(count.pooled, dims=dims), for_each(INTEGER | NOTHING, dims)
+    return Call(function, required=2, elements=elements, input=TENSOR, output_size=size, **more)
 
 
 def _filter(function: Any, elements: Any, **more: Any) -> Call:
@@ -120,12 +136,6 @@ def _transposed(function: Any) -> Call:
 
 
 _AFFINE: dict[str, Any] = {"weight": OPTIONAL, "bias": OPTIONAL}
-_ADAPTIVE: dict[str, Any] = {
-    "elements": count.pooled,
-    "form": pooled,
-    "input": TENSOR,
-    "output_size": pair(INTEGER | NOTHING),
-}
 _FACTORY: dict[str, Any] = {"dtype": DTYPE | NOTHING, "device": DEVICE | NOTHING}
 
 FUNCTIONS: dict[str, Call] = {
@@ -179,20 +189,18 @@ FUNCTIONS: dict[str, Call] = {
         tensors=TENSOR | several(TENSOR, 3),
         indexing=one_of("ij", "xy"),
     ),
-    "adaptive_avg_pool2d": Call(F.adaptive_avg_pool2d, required=2, **_ADAPTIVE),
-    "adaptive_max_pool2d": Call(F.adaptive_max_pool2d, required=2, **_ADAPTIVE),
-    "avg_pool1d": Call(
-        F.avg_pool1d,
-        required=2,
-        input=TENSOR,
-        kernel_size=up_to_three(SIZE),
-        stride=up_to_three(SIZE) | NOTHING,
-        padding=up_to_three(EDGE),
-        ceil_mode=FLAG,
-        count_include_pad=FLAG,
-    ),
-    "avg_pool2d": _pool(F.avg_pool2d, ceil_mode=FLAG, count_include_pad=FLAG, divisor_override=SIZE | NOTHING),
-    "max_pool2d": _pool(F.max_pool2d, dilation=pair(SIZE), ceil_mode=FLAG, return_indices=one_of(False)),
+    "adaptive_avg_pool1d": _adaptive(F.adaptive_avg_pool1d, 1),
+    "adaptive_avg_pool2d": _adaptive(F.adaptive_avg_pool2d, 2, form=pooled),
+    "adaptive_avg_pool3d": _adaptive(F.adaptive_avg_pool3d, 3),
+    "adaptive_max_pool1d": _adaptive(F.adaptive_max_pool1d, 1, return_indices=one_of(False)),
+    "adaptive_max_pool2d": _adaptive(F.adaptive_max_pool2d, 2, return_indices=one_of(False), form=pooled),
+    "adaptive_max_pool3d": _adaptive(F.adaptive_max_pool3d, 3, return_indices=one_of(False)),
+    "avg_pool1d": _average(F.avg_pool1d, 1),
+    "avg_pool2d": _average(F.avg_pool2d, 2, divisor_override=SIZE | NOTHING, form=pooled),
+    "avg_pool3d": _average(F.avg_pool3d, 3, divisor_override=SIZE | NOTHING),
+    "max_pool1d": _largest(F.max_pool1d, 1),
+    "max_pool2d": _largest(F.max_pool2d, 2, form=pooled),
+    "max_pool3d": _largest(F.max_pool3d, 3),
     "lp_pool2d": Call(
         F.lp_pool2d,
         required=3,

@@ -43,7 +43,7 @@ def pack_layers_(model: nn.Module) -> nn.Module:
         put(model, layer, packed.stand_alone_())
         for hooks in HOOKS:
             getattr(packed, hooks).update(getattr(layer, hooks))
-    return model
+    return model.requires_grad_(False)  # PyTorch takes other ways, to other bits, for weights that might need one
 
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

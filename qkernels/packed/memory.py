@@ -83,7 +83,7 @@ def elements_of_call(step: Step, operands: Operands) -> int:
 def most_elements(module: Any, x: Tensor) -> int:
     """How many elements a module of PyTorch without tensors makes at most of x."""
     if isinstance(module, nn.AdaptiveAvgPool2d):
-        return pooled(x, module.output_size)
+        return pooled(x, module.output_size, dims=2)
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
         height, width = _pair(module.padding)
         return padded(x, (width, width, height, height))

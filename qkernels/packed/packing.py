@@ -7,13 +7,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..quantize.layers import quantized_layers
 from ..quantize.registry import QUANTIZED_TYPES
-from .answers import called, difference, joined
-from .examples import Example, fresh, other_sizes
+from .answers import difference
+from .examples import Example, answered, fresh, other_sizes
 from .float_layers import StackedConv2d, StackedLinear
 from .forms import NOTHING_IN_EVAL, forward_of, know_libraries, layer_of
 from .fusion import FusionReport, fuse_
@@ -24,13 +22,8 @@ from .program import Program
 from .program_file import program_json, read_program
 from .stacking import stack_traces
 from .tracing import CannotStack, Trace, Tracer
+from .verification import Verification
 from .weights import PackedWeight
-
-TOLERANCE = 1e-4  # of the largest logit
-HARDLY, AMPLIFIED = 2.0**-22, 10  # a difference of images by rounding; how much more all layers' rounding may make
-LARGEST_TOLERANCE = 0.1
-TOLERANCE_OF_CODES = 0.3  # where activations are rounded: a sum in another order may take one to the next of few codes
-TOLERANCE_OF_FEW_BITS = 3e-2  # on GPUs, whose products are of TF32, and in half precision
 
 
 def pack_models(models: Sequence[nn.Module], given: Any) -> tuple[nn.Module, FusionReport]:
@@ -78,14 +71,13 @@ def _side_by_side(
         read_program(json.loads(json.dumps(program_json(program))), len(models), 2)
     except ProgramError as error:
         raise CannotStack(str(error)) from error
+    verification = Verification(models, batches)
     try:
-        with torch.no_grad():
-            answers = [program(x) for x in batches]
-        apart = _apart(answers, _answers(models, batches))
+        apart = verification.apart(program)
     except Exception as error:
         raise CannotStack(f"side by side it fails: {error}") from error
-    if not _is_near(apart, models, example, batches):
-        raise CannotStack(f"side by side the answers differ by {apart:.1e} of the largest logit")
+    if not verification.program_is_right(program, apart):
+        raise CannotStack(f"side by side the answers differ by {apart:.1e} of the largest")
     for name, module in program.layers().items():
         if isinstance(module, PackedLayer | PackedWeight):
             report.packed.append(name)
@@ -99,7 +91,7 @@ def _in_turn(models: Sequence[nn.Module], example: Example, reason: str) -> tupl
     """The members one after another.
 
     Raises:
-        ValueError: if their packed layers do not answer as the models' own.
+        ValueError: if they do not answer as the models do.
     """
     program = MembersInTurn([pack_layers_(fresh(model)) for model in models])
     layers = dict(program.members[0].named_modules())
@@ -108,36 +100,32 @@ def _in_turn(models: Sequence[nn.Module], example: Example, reason: str) -> tupl
     inputs = example.inputs()
     report = FusionReport(packed, floating, in_turn=reason, verified="not verified: no inputs are known that it takes")
     if inputs:
-        expected = _answers(models, inputs)
-        with torch.no_grad():
-            apart = _apart([called(program, x) for x in inputs], expected)
-        again = _apart(_answers(models, inputs), expected)
-        report.verified = _verified(inputs, apart)
-        if again > 0:
-            report.verified = "not verified: the members' answers differ from one time to the next"
-        elif not _is_near(apart, models, example, inputs):
-            raise ValueError(
-                f"PackedEnsemble: packed, the members' answers differ by {apart:.1e} of the largest logit ({reason})"
-            )
+        report.verified = _verified_in_turn(program, Verification(models, inputs), reason)
     return program, report
 
 
+def _verified_in_turn(program: MembersInTurn, verification: Verification, reason: str) -> str:
+    """What there is to say of the answers.
+
+    Raises:
+        ValueError: if they are not the members'.
+    """
+    apart = verification.apart(program)
+    verified = _verified(verification.inputs, apart)
+    if apart <= verification.tolerance:
+        return verified
+    if max(map(difference, verification.answers_of(verification.models), verification.answers)) > 0:
+        return "not verified: the members' answers differ from one time to the next"
+    layers = verification.layers_apart(program)
+    if layers > verification.tolerance:
+        raise ValueError(
+            f"PackedEnsemble: packed, the members' answers differ by {apart:.1e} of the largest ({reason})"
+        )
+    return f"{verified}, those of their layers by {layers:.1e}"
+
+
 def _traced(model: nn.Module, x: Tensor, fixed: bool) -> Trace:
-    return Tracer(layer_of, forward_of, tuple(NOTHING_IN_EVAL), fixed).run(fresh(model), x)
-
-
-@torch.no_grad()
-def _answers(models: Sequence[nn.Module], inputs: Sequence[Any]) -> list[Any]:
-    """What the members answer to each input."""
-    by_member = []
-    for model in models:
-        copied = fresh(model)
-        by_member.append([called(copied, x) for x in inputs])
-    return [joined(answers) for answers in zip(*by_member, strict=True)]
-
-
-def _apart(answers: Sequence[Any], expected: Sequence[Any]) -> float:
-    return max(map(difference, answers, expected))
+    return Tracer(layer_of, forward_of, tuple(NOTHING_IN_EVAL), fixed).run(answered(model, x), x)
 
 
 def _is_of_any_size(model: nn.Module, trace: Trace, example: Example, shape: tuple[int, ...]) -> bool:
@@ -157,20 +145,6 @@ def _refuse_hooks(model: nn.Module) -> None:
         hooks = [hook for kind in HOOKS[:2] for hook in getattr(module, kind).values()]
         if any(not getattr(hook, "__module__", "").startswith("qkernels.quantize") for hook in hooks):
             raise CannotStack(f"{name or 'it'} has a forward hook")
-
-
-def _is_near(apart: float, models: Sequence[nn.Module], example: Example, inputs: Sequence[Any]) -> bool:
-    """Whether answers that are so far apart differ by rounding: some models make much of images that hardly differ."""
-    if any(layer.act_quantizer is not None for model in models for _, layer in quantized_layers(model)):
-        return apart <= TOLERANCE_OF_CODES
-    if example.device.type != "cpu" or example.dtype in (torch.float16, torch.bfloat16):
-        return apart <= TOLERANCE_OF_FEW_BITS
-    if apart <= TOLERANCE:
-        return True
-    if not apart <= LARGEST_TOLERANCE or not all(isinstance(x, Tensor) and x.is_floating_point() for x in inputs):
-        return False
-    nearby = [x * (1 + HARDLY) for x in inputs]
-    return apart <= AMPLIFIED * _apart(_answers(models, nearby), _answers(models, inputs))
 
 
 def _verified(inputs: Sequence[Any], apart: float) -> str:

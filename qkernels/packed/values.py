@@ -126,11 +126,16 @@ def several(kind: Kind, most: int) -> Kind:
     )
 
 
-def pair(kind: Kind) -> Kind:
-    """One for height and width, or a pair."""
+def for_each(kind: Kind, dims: int) -> Kind:
+    """One for all dimensions of images, or one for each of so many."""
     return kind | Kind(
-        f"a pair, each {kind.name}", lambda v: type(v) in (list, tuple) and len(v) == 2 and all(map(kind.fits, v))
+        f"{dims}, each {kind.name}", lambda v: type(v) in (list, tuple) and len(v) == dims and all(map(kind.fits, v))
     )
+
+
+def pair(kind: Kind) -> Kind:
+    """One for height and width, or one for each."""
+    return for_each(kind, 2)
 
 
 def up_to_three(kind: Kind) -> Kind:

@@ -1,6 +1,7 @@
 """Members that run in turn: whatever they take and give, saved and loaded to the same bits."""
 
 import copy
+import re
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -55,6 +56,12 @@ class Base(nn.Module):
 
     def features(self, x):
         return F.relu(self.conv(x))
+
+
+class Decides(Base):
+    def forward(self, x):
+        x = self.head(self.features(x).mean((2, 3)))
+        return x if x.sum() < 1e9 else -x
 
 
 class Dict(Base):
@@ -201,12 +208,75 @@ def test_answers_that_change_are_said_to(tmp_path):
     assert report.in_turn is not None and "differ from one time to the next" in report.verified
 
 
-def test_what_does_not_answer_as_the_members_is_refused(monkeypatch):
+class Abrupt(Base):
+    """Makes a large difference of a small one, as the choice of a detector's boxes does."""
+
+    def forward(self, x):
+        features = self.features(x).mean((2, 3))
+        return self.head((features * 1e7).remainder(1.0)) if x.sum() < 1e9 else features
+
+
+def test_rounding_of_which_much_is_made_is_no_fault(tmp_path):
+    ensemble, got, again = in_turn(members(Abrupt), tmp_path, torch.randn(2, 3, 8, 8))
+    assert torch.equal(got, again)
+    assert re.search(r"differ by \d.\de-0[12] .*, those of their layers by \d.\de-0[678]", ensemble.report.verified)
+
+
+@pytest.mark.parametrize("make", [Abrupt, Decides])
+def test_what_does_not_answer_as_the_members_is_refused(make, monkeypatch):
+    monkeypatch.setattr(qk.PackedConv2d, "forward", lambda self, x: F.conv2d(x, self.weight))
+    with pytest.raises(ValueError, match=r"packed, the members' answers differ by .* of the largest"):
+        qk.PackedEnsemble.from_models(members(make))
+
+
+def test_what_reads_more_than_the_layers_give_is_refused():
+    """Each layer answers as its member's; the code that asks for their types does not."""
+
     class Net(Base):
         def forward(self, x):
             x = self.head(self.features(x).mean((2, 3)))
-            return x if x.sum() < 1e9 else -x
+            return x if isinstance(self.conv, nn.Conv2d) and x.sum() < 1e9 else -x
 
-    monkeypatch.setattr(qk.PackedConv2d, "forward", lambda self, x: F.conv2d(x, self.weight))
-    with pytest.raises(ValueError, match=r"packed, the members' answers differ by .* of the largest logit"):
+    with pytest.raises(ValueError, match=r"packed, the members' answers differ by 2.0e"):
         qk.PackedEnsemble.from_models(members(Net))
+
+
+def test_the_same_bits_where_pytorch_asks_whether_weights_need_gradients(tmp_path):
+    class Net(Base):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+            self.probe = nn.Parameter(torch.randn(1, 1, 32))
+
+        def forward(self, x):
+            tokens = x.flatten(1).unflatten(1, (-1, 32))
+            attended = self.attention(self.probe.expand(len(x), -1, -1), tokens, tokens)[0]
+            return {"logits": self.head(self.features(x).mean((2, 3))), "attended": attended}
+
+    _, got, again = in_turn(members(Net), tmp_path, torch.randn(2, 3, 16, 16))
+    assert torch.equal(got["attended"], again["attended"])
+
+
+def test_what_answering_leaves_behind_is_no_difference_of_members():
+    """As the scales that a detector's RoI pooling finds with its first images."""
+
+    class Remembers(nn.Module):
+        sizes = None
+
+        def forward(self, x):
+            self.sizes = tuple(x.shape[2:])
+            return x
+
+    class Net(Base):
+        def __init__(self):
+            super().__init__()
+            self.remembers = Remembers()
+
+        def forward(self, x):
+            return self.head(self.features(self.remembers(x)).mean((2, 3)))
+
+    models, x = members(Net), torch.randn(2, 3, 8, 8)
+    models[0](x)
+    with pytest.raises(ValueError, match="sizes None and"):
+        qk.PackedEnsemble.from_models(models)
+    qk.PackedEnsemble.from_models(models, x)

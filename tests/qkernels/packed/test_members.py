@@ -108,7 +108,25 @@ BODIES = {
     "no batch statistics": of_the_batch(lambda x: F.instance_norm(x)),
     "batch statistics": of_the_batch(lambda x: F.batch_norm(x, None, None, training=True)),
     "upsampled": of_the_batch(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
-    "pooled": of_the_batch(lambda x: F.max_pool2d(F.avg_pool2d(x, 3, 1, 1), 2) + F.adaptive_avg_pool2d(x, 1)),
+    "pooled": of_the_batch(
+        lambda x: (
+            F.max_pool2d(F.avg_pool2d(x, 3, 1, 1), 2) + F.adaptive_avg_pool2d(x, 1) + F.adaptive_max_pool2d(x, (1, 1))
+        )
+    ),
+    "pooled in one dimension": of_the_batch(
+        lambda x: (
+            F.avg_pool1d(F.max_pool1d(x.flatten(2), 3, 1, 1), 3, 1, 1).view_as(x)
+            + F.adaptive_avg_pool1d(x.flatten(2), 1)[..., None]
+            + F.adaptive_max_pool1d(x.flatten(2), 1)[..., None]
+        )
+    ),
+    "pooled in three dimensions": of_the_batch(
+        lambda x: (
+            F.avg_pool3d(F.max_pool3d(x[:, :, None], (1, 3, 3), 1, (0, 1, 1)), (1, 3, 3), 1, (0, 1, 1))
+            + F.adaptive_avg_pool3d(x[:, :, None], 1)
+            + F.adaptive_max_pool3d(x[:, :, None], (1, 1, 1))
+        )[:, :, 0]
+    ),
     "masked": of_the_batch(lambda x: x.masked_fill(x < 0, -1.0) + torch.where(x > 1, x, 0.0)),
 }
 
@@ -269,6 +287,35 @@ def test_one_graph_that_answers_otherwise_is_not_taken(tmp_path, monkeypatch):
     )
     models = members(lambda: Images(lambda self, x: F.softmax(x, 1)))
     packed_like(models, tmp_path, torch.randn(2, 3, 8, 8), in_turn="side by side the answers differ by")
+
+
+def test_a_table_that_one_member_has_made_already_and_the_others_have_not(tmp_path):
+    """As ConViT's relative positions."""
+
+    def body(self, x):
+        if not hasattr(self, "table"):
+            self.table = torch.arange(x.shape[-1]).float()[None].expand(2, -1).log1p()
+        return x + self.table[0]
+
+    models, x = members(lambda: Images(body)), torch.randn(2, 3, 8, 8)
+    models[0](x)
+    packed_like(models, tmp_path, x, example=x)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_one_graph_of_rounded_inputs_is_compared_without_rounding(factor, monkeypatch):
+    """With it, a step that is 5 % off could not be told from activations that come to lie in the next of few codes."""
+    models, x = (
+        members(lambda: Images(lambda self, x: F.softmax(self.other(x), 1)), act_bits=4),
+        torch.randn(8, 3, 8, 8),
+    )
+    for model in models:
+        model.train()(x)
+        model.eval()
+    right = functions.FUNCTIONS["softmax"].form
+    monkeypatch.setattr(functions.FUNCTIONS["softmax"], "form", lambda *given: right(*given) * factor)
+    report = qk.PackedEnsemble.from_models(models).report
+    assert (report.in_turn is None) == (factor == 1), report
 
 
 FORMED = {
