@@ -181,6 +181,13 @@ def item(call: Function, operands: Operands, bound: Bound) -> Any:
     return value[(slice(None), *index) if isinstance(index, tuple) else (slice(None), index)]
 
 
+def selected(call: Function, operands: Operands, bound: Bound) -> Any:
+    x, index = bound["input"], bound["index"]
+    if x.name not in operands.own or index.name in operands.own:
+        return None
+    return operands.value(x).index_select(moved(bound["dim"], operands.rank(x)), operands.value(index))
+
+
 def on_planes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function of images [N, C, H, W] that treats each image by itself, of [..., C, H, W]."""
     if x.dim() <= 4:

@@ -47,6 +47,15 @@ def pooled(input: Tensor, output_size: Any, dims: int, **_: Any) -> int:
     return input.numel() + math.prod((*input.shape[:-dims], *sizes))
 
 
+def extremes(input: Tensor, *_: Any, **__: Any) -> int:
+    """Values, and positions, which are of 8 bytes."""
+    return 3 * input.numel()
+
+
+def selected(input: Tensor, dim: int, index: Tensor) -> int:
+    return math.prod(input.shape[:dim]) * index.numel() * math.prod(input.shape[dim:][1:])
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
     scores = math.prod(query.shape[:-1]) * key.shape[-2]
     return 2 * scores + elements_of(query, key, value, *args, **kwargs)
@@ -78,9 +87,14 @@ def newly_sized(input: Tensor, *sizes: Any, **_: Any) -> int:
     return sized(*sizes)
 
 
+def filled(size: Any, *_: Any, **__: Any) -> int:
+    return sized(size)
+
+
 def counted(*bounds: Any, **_: Any) -> int:
-    """The numbers up to one, or from one to another."""
-    return int(max(0, bounds[0] if len(bounds) == 1 else bounds[1] - bounds[0]))
+    """The numbers up to one, or from one to another, in steps."""
+    start, end, step = {1: (0, *bounds, 1), 2: (*bounds, 1)}.get(len(bounds), bounds)
+    return int(max(0, (end - start) / step)) + 1 if step else 0
 
 
 def interpolated(input: Tensor, size: Any = None, scale_factor: Any = None, *_: Any, **__: Any) -> int:

@@ -170,7 +170,7 @@ FUNCTIONS: dict[str, Call] = {
     "einsum": Call(
         torch.einsum, required=2, elements=count.contracted, equation=EQUATION, operands=TENSOR, rest=TENSOR
     ),
-    "arange": Call(torch.arange, elements=count.counted, start=NUMBER, end=NUMBER, **_FACTORY),
+    "arange": Call(torch.arange, elements=count.counted, start=NUMBER, end=NUMBER, step=NUMBER, **_FACTORY),
     "linspace": Call(
         torch.linspace,
         required=3,
@@ -180,8 +180,12 @@ FUNCTIONS: dict[str, Call] = {
         steps=INTEGER,
         **_FACTORY,
     ),
-    "zeros": Call(torch.zeros, elements=count.sized, size=INTEGER | SIZES, rest=INTEGER, **_FACTORY),
-    "ones": Call(torch.ones, elements=count.sized, size=INTEGER | SIZES, rest=INTEGER, **_FACTORY),
+    "zeros": Call(torch.zeros, elements=count.sized, size=INTEGER | SIZES, **_FACTORY),
+    "ones": Call(torch.ones, elements=count.sized, size=INTEGER | SIZES, **_FACTORY),
+    "full": Call(torch.full, required=2, elements=count.filled, size=SIZES, fill_value=NUMBER, **_FACTORY),
+    "zeros_like": _elementwise(torch.zeros_like),
+    "ones_like": _elementwise(torch.ones_like),
+    "full_like": _elementwise(torch.full_like, fill_value=NUMBER),
     "meshgrid": Call(
         torch.meshgrid,
         "tensors",

@@ -54,6 +54,9 @@ RENAMED = {
     "concatenate": "cat",
     "swapaxes": "transpose",
     "swapdims": "transpose",
+    # What "contiguous" gives is no value of its own, and the members' strides are others.
+    "view": "reshape",
+    "view_as": "reshape_as",
 }
 CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool"})
 # What gives the values that it takes.
@@ -62,6 +65,12 @@ COPIES = frozenset({"contiguous", "clone", "detach", "alias", "requires_grad_", 
 FACTORIES = frozenset(
     {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
 )
+# What takes the arguments of the function of that name, although it is another (torch.layer_norm, Tensor.prelu).
+ALIKE = frozenset(
+    {"adaptive_max_pool1d", "celu", "group_norm", "layer_norm", "log_softmax", "max_pool1d", "max_pool2d", "max_pool3d",
+     "prelu", "rms_norm", "selu", "softmax"}
+)  # fmt: skip
+EXTREMES = {"max": ("amax", "maximum"), "min": ("amin", "minimum")}
 ASSERTIONS = (torch._assert,)
 # What tells values to Python.
 READS = frozenset(
@@ -108,7 +117,10 @@ def canonical(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str,
         given.pop("inplace", None)
         args, kwargs = (), dict(given)
         args = (kwargs.pop(next(iter(kwargs))),)
+    kwargs = {key: value for key, value in kwargs.items() if key != "out"}  # it is None
     if name == "meshgrid" and isinstance(args[0], Tensor):
+        args = (args,)
+    if name in ("zeros", "ones") and args and not isinstance(args[0], tuple | list):
         args = (args,)
     if function in _FUNCTIONS:
         return Target("call_function", function, args, kwargs)
@@ -116,6 +128,10 @@ def canonical(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str,
     name = RENAMED.get(name, name)
     if name in REVERSED:
         return Target("call_function", REVERSED[name], args[::-1], kwargs)
+    if name in EXTREMES:
+        name, args, kwargs = _extreme(name, *args, **kwargs)
+    if name == "__getitem__" and (selection := _selection(*args)) is not None:
+        return Target("call_method", "index_select", (args[0], *selection), {})
     if name in OPERATORS and not kwargs:
         return Target("call_function", OPERATORS[name], args, kwargs)
     if name in METHODS:
@@ -123,6 +139,34 @@ def canonical(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str,
             args = (kwargs["input"],)
             kwargs = {key: value for key, value in kwargs.items() if key != "input"}
         return Target("call_method", name, args, kwargs)
-    if name in FUNCTIONS:
+    if name in ALIKE:
         return Target("call_function", FUNCTIONS[name].target, args, kwargs)
+    if function is Tensor.where:
+        return Target("call_function", torch.where, _where(*args, **kwargs), {})
     return Target("call_function", function, args, kwargs)
+
+
+def _extreme(name: str, input: Tensor, *args: Any, **kwargs: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Of all elements, or of two tensors, it has another name; along a dimension it gives positions, too."""
+    if not args and not kwargs:
+        return EXTREMES[name][0], (input,), {}
+    other = kwargs.get("other", args[0] if args else None)
+    return (EXTREMES[name][1], (input, other), {}) if isinstance(other, Tensor) else (name, (input, *args), kwargs)
+
+
+def _where(self: Tensor, condition: Tensor, other: Any) -> tuple[Any, ...]:
+    return condition, self, other
+
+
+def _selection(x: Any, index: Any) -> tuple[int, Tensor] | None:
+    """Of x[:, [2, 0]] the dimension and the indices, as `index_select` takes them; None for other parts of a tensor."""
+    parts = index if isinstance(index, tuple) else (index,)
+    lists = [place for place, part in enumerate(parts) if isinstance(part, list)]
+    whole = [part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in parts]
+    if not isinstance(x, Tensor) or len(lists) != 1 or sum(whole) < len(parts) - 1:
+        return None
+    (place,) = lists
+    dim = place - len(parts) if any(part is Ellipsis for part in parts[:place]) else place
+    if not all(type(i) is int and i >= 0 for i in parts[place]):
+        return None
+    return dim, torch.tensor(parts[place], device=x.device)

@@ -127,6 +127,47 @@ BODIES = {
             + F.adaptive_max_pool3d(x[:, :, None], (1, 1, 1))
         )[:, :, 0]
     ),
+    "windows": of_the_batch(lambda x: F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(-2, 3, 1).mean((-1, -2))),
+    "windows, a function": of_the_batch(
+        lambda x: F.unfold(x, 3, padding=1).view(*x.shape[:2], 9, -1).amax(2).view_as(x)
+    ),
+    "chosen by a list": of_the_batch(lambda x: x[:, [5, 0, 1, 1, 2, 3]] + x[[0]] + x[..., [1]]),
+    "chosen by a table": of_the_batch(lambda x: x.index_select(-3, torch.tensor([5, 0, 1, 1, 2, 3]))),
+    "where, a method": of_the_batch(lambda x: x.where(x > 0, -1.0) + x.where(other=x * 2, condition=x > 1)),
+    "variance by position": of_the_batch(lambda x: x.var(1, False, True) + x.std((0, -1), True)[:, :1, None]),
+    "normalized another way": of_the_batch(
+        lambda x: (
+            torch.layer_norm(x.movedim(1, -1), (6,)).movedim(-1, 1)
+            + torch.group_norm(x, 3)
+            + x.prelu(x.new_full((1,), 0.1))
+        )
+    ),
+    "filled": of_the_batch(
+        lambda x: (
+            torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:]), x.new_full((x.shape[0], 1, *x.shape[2:]), 0.5)], 1)[
+                :, 2:
+            ]
+            + torch.zeros_like(x)
+            + torch.ones_like(x)
+            + torch.full_like(x, 0.5)
+        )
+    ),
+    "largest and smallest": of_the_batch(
+        lambda x: x.max() + x.max(1, keepdim=True)[0] + torch.min(x, dim=-1)[0][..., None] + torch.max(x, x.mean())
+    ),
+    "positions of the largest": of_the_batch(lambda x: x + x.max(2, True).indices * 0.01),
+    "made of sizes": of_the_batch(
+        lambda x: (
+            x
+            + torch.zeros(x.shape[0], 1, 1, 1, device=x.device)
+            + torch.ones((x.shape[0], 1, 1, x.shape[3]))
+            + torch.full((x.shape[2], 1), 0.5)
+            + torch.arange(0, 2 * x.shape[3], 2, device=x.device)
+        )
+    ),
+    "norms": of_the_batch(
+        lambda x: x.norm(dim=1, keepdim=True) + torch.norm(x, p=1, dim=(0, 2), keepdim=True) + F.normalize(x)
+    ),
     "masked": of_the_batch(lambda x: x.masked_fill(x < 0, -1.0) + torch.where(x > 1, x, 0.0)),
 }
 
@@ -287,6 +328,22 @@ def test_one_graph_that_answers_otherwise_is_not_taken(tmp_path, monkeypatch):
     )
     models = members(lambda: Images(lambda self, x: F.softmax(x, 1)))
     packed_like(models, tmp_path, torch.randn(2, 3, 8, 8), in_turn="side by side the answers differ by")
+
+
+def test_images_rearranged_before_the_first_layer(tmp_path):
+    """As TResNet's."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(12, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            n, c, h, w = x.shape
+            x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).contiguous().view(n, c * 4, h // 2, w // 2)
+            return self.head(self.conv(x).mean((2, 3)))
+
+    packed_like(members(Net), tmp_path, torch.randn(3, 3, 16, 12), example=torch.randn(2, 3, 16, 16))
 
 
 def test_a_table_that_one_member_has_made_already_and_the_others_have_not(tmp_path):
