@@ -52,6 +52,11 @@ def extremes(input: Tensor, *_: Any, **__: Any) -> int:
     return 3 * input.numel()
 
 
+def one_hot(input: Tensor, num_classes: int) -> int:
+    """Integers of 8 bytes."""
+    return 2 * input.numel() * max(0, num_classes)
+
+
 def selected(input: Tensor, dim: int, index: Tensor) -> int:
     return math.prod(input.shape[:dim]) * index.numel() * math.prod(input.shape[dim:][1:])
 

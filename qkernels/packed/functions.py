@@ -183,6 +183,9 @@ FUNCTIONS: dict[str, Call] = {
     "zeros": Call(torch.zeros, elements=count.sized, size=INTEGER | SIZES, **_FACTORY),
     "ones": Call(torch.ones, elements=count.sized, size=INTEGER | SIZES, **_FACTORY),
     "full": Call(torch.full, required=2, elements=count.filled, size=SIZES, fill_value=NUMBER, **_FACTORY),
+    "one_hot": Call(
+        F.one_hot, required=2, elements=count.one_hot, form=pointwise, input=TENSOR, num_classes=SIZE | COMPUTED
+    ),
     "zeros_like": _elementwise(torch.zeros_like),
     "ones_like": _elementwise(torch.ones_like),
     "full_like": _elementwise(torch.full_like, fill_value=NUMBER),

@@ -156,6 +156,7 @@ BODIES = {
         lambda x: x.max() + x.max(1, keepdim=True)[0] + torch.min(x, dim=-1)[0][..., None] + torch.max(x, x.mean())
     ),
     "positions of the largest": of_the_batch(lambda x: x + x.max(2, True).indices * 0.01),
+    "classes": of_the_batch(lambda x: x + F.one_hot((x > 0).long(), 3)[..., 1]),
     "made of sizes": of_the_batch(
         lambda x: (
             x
@@ -425,6 +426,7 @@ def test_forms_give_what_each_member_gives_alone(what, monkeypatch):
     torch.testing.assert_close(got, ensemble.member_logits(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_what_runs_member_by_member_compiles_and_exports(strict):
