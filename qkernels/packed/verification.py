@@ -47,10 +47,10 @@ class Verification:
         return [joined(answers) for answers in zip(*by_member, strict=True)]
 
     @torch.no_grad()
-    def apart(self, program: nn.Module, expected: list[Any] | None = None) -> float:
+    def apart(self, program: nn.Module) -> float:
         """How far a program's answers are from the members', relative to the largest number in them."""
         answers = [called(program, x) for x in self.inputs]
-        return max(map(difference, answers, self.answers if expected is None else expected))
+        return max(map(difference, answers, self.answers))
 
     def program_is_right(self, program: Program, apart: float) -> bool:
         """Whether its answers, so far apart, differ by rounding alone.
@@ -59,7 +59,7 @@ class Verification:
         code; then it is also compared without.
         """
         if self.rounds_inputs:
-            with float_inputs(program):
+            with _float_inputs(program):
                 models = [_with_float_inputs(fresh(model)) for model in self.models]
                 plain = Verification(models, self.inputs)
                 return apart <= TOLERANCE_OF_CODES and plain.program_is_right(program, plain.apart(program))
@@ -110,7 +110,7 @@ def _replacing(layer: QuantizedLayer, report: Callable[[float], None]) -> Callab
 
 
 @contextmanager
-def float_inputs(program: Program) -> Iterator[None]:
+def _float_inputs(program: Program) -> Iterator[None]:
     """Packed layers do not round what they are called with."""
     scales = {layer: layer.input_scale for layer in program.layers().values() if isinstance(layer, PackedLayer)}
     for layer in scales:
