@@ -1,6 +1,9 @@
 """Mistakes and misfortunes that a user can mend; the command line says each in one line and exits with 2."""
 
 import errno
+from collections.abc import Sequence
+
+LISTED = 5  # names of things in a message
 
 
 class UserError(Exception):
@@ -21,6 +24,12 @@ REMEDIES = {
     errno.EIO: "the device fails: name a place on another one",
     errno.ENAMETOOLONG: "name a shorter place",
 }
+
+
+def listing(things: Sequence[object]) -> str:
+    """`a, b, c`, of many the first ones and how many there are more."""
+    more = f", and {len(things) - LISTED:,} more" if len(things) > LISTED else ""
+    return ", ".join(map(str, things[:LISTED])) + more
 
 
 def one_line(error: BaseException) -> str:

@@ -17,10 +17,10 @@ from matplotlib.ticker import MaxNLocator
 from qtdog.analysis.pictures import save_picture
 from qtdog.analysis.probe import run_label
 from qtdog.errors import UserError
-from qtdog.files import REMEDY, csv_text, read_records, read_sealed
+from qtdog.files import REMEDY, csv_text, read_sealed
 from qtdog.log import Log
 from qtdog.methods.presets import find_method
-from qtdog.results.runs import ModelCard, find_runs, read_card
+from qtdog.results.runs import ModelCard, checkpoint_records, find_runs, read_card
 from qtdog.results.statistics import Cell
 from qtdog.results.variants import described, distinguishing_settings, settings_of
 
@@ -124,13 +124,12 @@ def read_scales(folder: Path) -> Rows:
     """Of each checkpoint: step, scale, its mean relative to the first checkpoint's, mean, least, greatest."""
     first: dict[str, float] = {}
     rows = []
-    file = folder / "results.jsonl"
     try:
-        for record in read_records(file):
+        for record in checkpoint_records(folder):
             for name, mean, least, greatest in record.get("scales", []):
                 rows.append([record["step"], name, mean / first.setdefault(name, mean), mean, least, greatest])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
+        raise UserError(f"the records in {folder} are damaged ({error}): {REMEDY}") from error
     return rows
 
 

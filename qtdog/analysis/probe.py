@@ -21,7 +21,7 @@ from qtdog.log import Log
 from qtdog.methods.presets import find_method
 from qtdog.results.data_of_runs import DataOfRuns
 from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
-from qtdog.training.evaluation import domain_parts, mean_loss, sources
+from qtdog.training.evaluation import mean_loss, sources
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,23 @@ def probes(config: MeasureConfig, log: Log, plain: bool = True) -> Iterator[Prob
     data = DataOfRuns(config.data_dir, log)
     for folder in find_runs(config.runs):
         card = read_card(folder)
-        dataset, place = data.of(card), config.data_dir or card.run.data_dir
+        parts = data.parts_of(folder, card)
         model = load_model(folder, device)
         yield Probe(
             folder,
             card,
             plain_(model) if plain else model,
-            measured_images(card, dataset, config),
+            measured_images(card, data.of(card), parts, config),
             device,
-            f"{folder.resolve()} of {card.date}, {config.max_images or 'all'} images a domain of {place}",
+            f"{folder.resolve()} of {card.date}, {config.max_images or 'all'} images a domain",
         )
 
 
-def measured_images(card: ModelCard, dataset: DomainSet, config: MeasureConfig) -> dict[str, list[EvaluationImages]]:
+def measured_images(
+    card: ModelCard, dataset: DomainSet, parts: dict[str, Part], config: MeasureConfig
+) -> dict[str, list[EvaluationImages]]:
     """Both sides' images, of each domain at most --max-images."""
-    run, parts = card.run, domain_parts(card.run, dataset)
+    run = card.run
     names = {"source": [f"env{env}_out" for env in sources(run, dataset)], "target": [f"env{run.test_env}_in"]}
     sides = {
         side: [Part(parts[n].domain, parts[n].env, parts[n].indices[: config.max_images]) for n in chosen]

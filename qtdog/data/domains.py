@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from qtdog.data import fingerprints
 from qtdog.data.splits import split
 
 
@@ -18,6 +19,14 @@ class Domain(Protocol):
     @property
     def labels(self) -> Tensor:
         """int64 [N]."""
+        ...
+
+    def names(self) -> list[str]:
+        """What people call each image, say its file's name."""
+        ...
+
+    def fingerprints(self) -> list[str]:
+        """What each image is, see `qtdog.data.fingerprints`: the same for the same image, wherever it lies."""
         ...
 
     def images(self, indices: Sequence[int], augment: bool) -> Tensor:
@@ -35,6 +44,14 @@ class TensorDomain:
     name: str
     pixels: Tensor
     labels: Tensor
+
+    def names(self) -> list[str]:
+        """Their numbers."""
+        return [str(index) for index in range(len(self.labels))]
+
+    def fingerprints(self) -> list[str]:
+        """Of the pixels."""
+        return fingerprints.of_pixels(self.pixels)
 
     def images(self, indices: Sequence[int], augment: bool) -> Tensor:
         """Pixels scaled to [0, 1]; never augmented."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from qtdog.config import AugmentationName
+from qtdog.data import fingerprints
 from qtdog.errors import UserError
 
 
@@ -49,6 +50,14 @@ class ImageDomain:
     labels: Tensor
     augmented: Callable[[Image.Image], Tensor]
     plain: Callable[[Image.Image], Tensor]
+
+    def names(self) -> list[str]:
+        """Of their files."""
+        return [path.name for path in self.paths]
+
+    def fingerprints(self) -> list[str]:
+        """Of the files' content."""
+        return fingerprints.of_files(self.paths)
 
     def images(self, indices: Sequence[int], augment: bool) -> Tensor:
         """float32 [len(indices), 3, H, W], normalized."""

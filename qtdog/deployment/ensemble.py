@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from qtdog.config import Device
 from qtdog.data import DomainSet
+from qtdog.data.image_lists import ImageList, difference
 from qtdog.data.loaders import EvaluationImages
 from qtdog.deployment.packed import calibration_batches, pack_members
 from qtdog.environment import describe_environment, pick_device, pick_workers
@@ -25,7 +26,7 @@ from qtdog.methods.presets import find_method
 from qtdog.results.data_of_runs import DataOfRuns
 from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
 from qtdog.results.variants import best_draws, common, described, distinguishing_settings, settings_of
-from qtdog.training.evaluation import domain_parts, member_accuracies, sources
+from qtdog.training.evaluation import member_accuracies, sources
 
 Member = tuple[Path, ModelCard]
 
@@ -86,7 +87,7 @@ def make_ensembles(config: EnsembleConfig, log: Log = PRINT) -> list[Path]:
     data = DataOfRuns(config.data_dir, log)
     for (_, _, variant, _, _), members in several.items():
         folder = place(members[0], variant, config.output_dir)
-        written.append(ensemble(members, data.of(same_task(members)), folder, config, device, log))
+        written.append(ensemble(members, data, folder, config, device, log))
     return written
 
 
@@ -110,10 +111,12 @@ def same_task(members: Sequence[Member]) -> ModelCard:
     """The first member's card, after checking that the others saw the same images."""
     first_folder, first = members[0]
     for folder, card in members:
-        for name in ("classes", "domains", "image_shape", "preprocessing", "data_source"):
+        for name in ("classes", "domains", "image_shape", "preprocessing", "images"):
             if getattr(card, name) != getattr(first, name):
+                how = told(folder, first_folder) if name == "images" else ""
                 raise UserError(
-                    f"{folder} and {first_folder} differ in {name} and cannot be one ensemble: name their folders apart"
+                    f"{folder} and {first_folder} differ in {name}{how} and cannot be one ensemble: name their folders "
+                    "apart"
                 )
         if card.run.holdout_fraction != first.run.holdout_fraction:
             raise UserError(
@@ -122,17 +125,24 @@ def same_task(members: Sequence[Member]) -> ModelCard:
     return first
 
 
+def told(folder: Path, first_folder: Path) -> str:
+    """In which images two runs differ, where they do and say so."""
+    images, first = ImageList.read(folder), ImageList.read(first_folder)
+    what = difference(first, images) if images and first else ""
+    return f" ({what})" if what else ""
+
+
 def ensemble(
     members: Sequence[Member],
-    dataset: DomainSet,
+    data: DataOfRuns,
     folder: Path,
     config: EnsembleConfig,
     device: torch.device,
     log: Log,
 ) -> Path:
     """Evaluate one ensemble on the target's in and out parts and the sources' out parts, and write it to `folder`."""
-    card = members[0][1]
-    run = card.run
+    card = same_task(members)
+    run, dataset, parts = card.run, data.of(card), data.parts_of(*members[0])
     task = f"{card.dataset}, target domain {card.target}, trial {run.trial_seed}"
     log(f"{find_method(run.method).ensemble_label} of {len(members)} members on {task}")
     models = [load_model(path, device) for path, _ in members]
@@ -140,7 +150,6 @@ def ensemble(
     if card.quantization is not None:
         packed = pack_members(models, card, config.combine)
         log(textwrap.indent(str(packed.report), "  "))
-    parts = domain_parts(run, dataset)
     wanted = [f"env{run.test_env}_in"] + [f"env{env}_out" for env in (run.test_env, *sources(run, dataset))]
     workers = pick_workers(config.num_workers, card.preprocessing is not None)
     images = {part: EvaluationImages(parts[part], workers) for part in wanted}

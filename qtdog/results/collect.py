@@ -9,13 +9,13 @@ from qtdog.errors import UserError
 from qtdog.files import REMEDY, is_done, read_records, write_json, write_text
 from qtdog.log import PRINT, Log
 from qtdog.results import table_formats
-from qtdog.results.runs import find_runs, read_card
+from qtdog.results.runs import RESULTS, find_runs, read_card
 from qtdog.results.tables import Result, as_json, averages, build_table
 
 
 def read_result(folder: Path) -> Result:
     """A finished run's card and last record."""
-    card, file = read_card(folder), folder / "results.jsonl"
+    card, file = read_card(folder), folder / RESULTS
     names = ["step", *card.accuracies]
     records = read_records(file)
     if not all(isinstance(record.get(name), int | float) for record in records for name in names):
@@ -49,9 +49,7 @@ def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:
         raise UserError(f"--digits must not be negative, not {config.digits}")
     folder = Path(config.folder)
     results = [read_result(run) for run in find_runs([config.folder])]
-    ensembles = [
-        read_ensemble_record(manifest.with_name("results.jsonl")) for manifest in sorted(folder.rglob("members.json"))
-    ]
+    ensembles = [read_ensemble_record(manifest.with_name(RESULTS)) for manifest in sorted(folder.rglob("members.json"))]
     grouped = {
         name: ([r for r in results if r.card.dataset == name], [e for e in ensembles if e["dataset"] == name])
         for name in sorted({result.card.dataset for result in results})

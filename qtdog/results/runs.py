@@ -2,7 +2,9 @@
 
     config.yaml         every setting of the run
     out.txt             what was printed
-    results.jsonl       one record a checkpoint, with DomainBed's keys
+    images.csv          every image of the data, the part that it was in and what it is
+    checkpoints.jsonl   one record a checkpoint, with DomainBed's keys
+    results.jsonl       those of the checkpoints that may be selected: what the method would answer
     checkpoint.pt       to resume from: tensors and plain types only
     model.safetensors   the selected model
     model.json          what is needed to rebuild and to judge it
@@ -26,14 +28,21 @@ from torch import Tensor, nn
 import qkernels as qk
 from qkernels import replace_file
 from qtdog.config import RunConfig
-from qtdog.data import Preprocessing
+from qtdog.data import Preprocessing, image_lists
 from qtdog.errors import UserError, one_line
-from qtdog.files import is_done, read_sealed, write_json
+from qtdog.files import is_done, read_records, read_sealed, write_json
 from qtdog.models import build_model
 from qtdog.plain_types import checked
 from qtdog.plugins import require
 
-SEALED = ("config.yaml", "results.jsonl", "model.safetensors", "model.json")
+CHECKPOINTS, RESULTS = "checkpoints.jsonl", "results.jsonl"
+SEALED = ("config.yaml", image_lists.FILE, CHECKPOINTS, RESULTS, "model.safetensors", "model.json")
+
+
+def checkpoint_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of all of a run's checkpoints. (Earlier versions kept one file of records, not two.)"""
+    file = folder / CHECKPOINTS
+    return read_records(file if file.is_file() else folder / RESULTS)
 
 
 def seconds_of(records: Sequence[dict[str, Any]]) -> float:
@@ -67,6 +76,7 @@ class ModelCard:
     float_nbytes: int
     environment: dict[str, str]
     date: str
+    images: str | None = None  # ImageList.content; None: of an earlier version, which kept no list
 
     @property
     def run(self) -> RunConfig:

@@ -17,11 +17,12 @@ from qtdog import distributed
 from qtdog.config import RunConfig
 from qtdog.errors import UserError
 from qtdog.files import DONE, REMEDY, is_done, read_sealed, write_text
+from qtdog.results.runs import SEALED
 from qtdog.training.checkpoints import has_checkpoint, remove_checkpoints
 
 LOCK = ".lock"
 CONFIG = "config.yaml"
-RESULTS = ("failed", "results.jsonl", "out.txt", "model.json", "model.safetensors", "disorder.csv")
+WRITTEN = (*SEALED, "failed", "out.txt", "disorder.csv")  # by a run, besides its checkpoints
 
 
 class TrainedElsewhere(UserError):
@@ -120,7 +121,7 @@ def prepare_folder(run: RunConfig, folder: Path, resume: bool, overwrite: bool) 
             raise UserError(f"{stored} is missing beside a trained run: bring it back, or start again with --overwrite")
         (folder / DONE).unlink(missing_ok=True)
         remove_checkpoints(folder)
-        for name in RESULTS:
+        for name in WRITTEN:
             (folder / name).unlink(missing_ok=True)
         write_text(stored, yaml.safe_dump(run.to_dict(), sort_keys=False))
         return True
@@ -138,7 +139,7 @@ def prepare_folder(run: RunConfig, folder: Path, resume: bool, overwrite: bool) 
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A run's config.yaml, without the places of its plug-ins; UserError for what is none."""
+    """A run's config.yaml, without the places of its data and plug-ins; UserError for what is none."""
     try:
         values = yaml.safe_load(read_sealed(file))
         if not isinstance(values, dict):
@@ -149,5 +150,6 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def without_places(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run, its plug-ins by what is in them, wherever the files lie."""
+    """The settings of a run, wherever its data lies; its plug-ins by what is in them, wherever the files lie."""
+    values = {name: value for name, value in values.items() if name != "data_dir"}
     return {**values, "plugins": [plugin["sha256"][:8] for plugin in values.get("plugins", [])]}

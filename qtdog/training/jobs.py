@@ -14,14 +14,16 @@ import torch
 from qtdog import distributed, plugins
 from qtdog.config import Device, RunConfig, TrainConfig
 from qtdog.data import DIGITS, DomainSet, Preprocessing, load_dataset
+from qtdog.data.image_lists import ImageList, difference
 from qtdog.environment import cores, describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
-from qtdog.files import is_done, read_records
+from qtdog.files import is_done
 from qtdog.log import Log
 from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.presets import find_method, seeds_of, settle
 from qtdog.models import preprocessing
-from qtdog.results.runs import read_card, run_folder, seconds_of
+from qtdog.results.runs import checkpoint_records, read_card, run_folder, seconds_of
+from qtdog.training.evaluation import domain_parts
 from qtdog.training.folders import prepare_folder, sole_owner
 from qtdog.training.progress import Progress, clock
 from qtdog.training.trainer import facts, train
@@ -75,7 +77,7 @@ class Job:
     def outcome(self) -> str:
         """What came out, in a line."""
         card, run = read_card(self.folder), self.run
-        took = clock(seconds_of(read_records(self.folder / "results.jsonl")))
+        took = clock(seconds_of(checkpoint_records(self.folder)))
         return (
             f"{find_method(run.method).label}, target domain {card.target}, trial {run.trial_seed}, seed {run.seed}: "
             f"source out {card.source_validation_accuracy:.4f}  target in {card.target_accuracy:.4f}  {took}"
@@ -134,7 +136,21 @@ def plan(config: TrainConfig) -> list[Job]:
             if distributed.is_first():
                 prepare(job, config)
             jobs.append(job)
+    if finished := [job for job in jobs if job.finished]:
+        refuse_other_data(finished, ImageList.of(dataset, domain_parts(template, dataset)))
     return jobs
+
+
+def refuse_other_data(jobs: Sequence[Job], images: ImageList) -> None:
+    """UserError if one of these finished runs was trained on other images than there are now."""
+    for job in jobs:
+        if read_card(job.folder).images not in (None, images.content):
+            before = ImageList.read(job.folder)
+            changed = f" ({difference(before, images)})" if before else ""
+            raise UserError(
+                f"{job.folder} was trained on other data{changed}: bring that back, name another --output-dir, or "
+                "start again with --overwrite"
+            )
 
 
 def prepare(job: Job, config: TrainConfig) -> None:

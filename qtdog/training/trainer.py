@@ -1,6 +1,5 @@
 """Training one run: the loop, the switch to quantized weights, selection, checkpoints, resume."""
 
-import copy
 import datetime
 import math
 import time
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import qkernels as qk
 from qtdog.config import Quantization, RunConfig
 from qtdog.data import DomainSet, Preprocessing
+from qtdog.data.image_lists import ImageList, difference
 from qtdog.data.images import AUGMENTATIONS
 from qtdog.data.loaders import training_batches
 from qtdog.data.splits import seed_hash
@@ -30,50 +30,12 @@ from qtdog.methods.averaging import AVERAGING, holding
 from qtdog.methods.presets import changed_from_preset, find_method
 from qtdog.methods.steps import STEPS
 from qtdog.models import build_model, train_mode
-from qtdog.results.runs import SEALED, ModelCard, save_model
+from qtdog.results.runs import CHECKPOINTS, RESULTS, SEALED, ModelCard, save_model
 from qtdog.training.checkpoints import BEFORE, read_checkpoint, remove_checkpoints, write_checkpoint
 from qtdog.training.evaluation import accuracy, domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
+from qtdog.training.quantization import may_be_selected, prepare, scale_sizes, switch
 
 STATISTICS_BATCHES = 20
-
-
-def prepare(model: nn.Module, quantization: Quantization) -> qk.QuantizationReport:
-    """Give `model` the quantized layers and scales that it will have from the switch on; until then all is float.
-
-    So optimizer, averages and wrappers know all Parameters from the start, and the weights stay the same ones. (The
-    code published with QT-DoG made new ones at its switch, which no optimizer knew: neither weights nor scales were
-    trained any more. That is `rtn-frozen`: the layers that are quantized are not trained from then on;
-    `frozen-backbone` leaves them as they are, float.)
-
-    Returns:
-        What will be quantized, or would be.
-    """
-    quantized = model if quantization.makes_codes else copy.deepcopy(model)
-    report = qk.quantize_(quantized, quantization.qconfig(), enabled=False)
-    qk.fuse_weights_(model)
-    return report
-
-
-def switch(model: nn.Module, quantization: Quantization, report: qk.QuantizationReport) -> None:
-    """From now on `model` trains through quantized weights, or not at all where it is to be frozen."""
-    if quantization.makes_codes:
-        qk.enable_(model)
-    if quantization.qat_mode != "qat":
-        for layer in report.quantized:
-            model.get_submodule(layer.name).requires_grad_(False)
-
-
-def may_be_selected(run: RunConfig, step: int) -> bool:
-    """A quantized method selects among quantized checkpoints only."""
-    return run.quantization is None or step >= run.quantization.complete_from(run.steps)
-
-
-def scale_sizes(model: nn.Module) -> list[tuple[str, float, float, float]]:
-    """Name, mean, least and greatest element of each learned scale as it is used, without its sign; in model order."""
-    enabled = {name for name, layer in qk.quantized_layers(model) if layer.enabled}
-    scales = qk.named_scales(model)
-    sizes = ((name, scale.detach().abs()) for name, scale in scales if name.rpartition(".")[0] in enabled)
-    return [(name, size.mean().item(), size.min().item(), size.max().item()) for name, size in sizes]
 
 
 def facts(run: RunConfig, source: str, environment: dict[str, str]) -> list[str]:
@@ -153,6 +115,9 @@ class Trainer:
         self.announce()
 
         parts = domain_parts(run, dataset)
+        self.image_list = ImageList.of(dataset, parts)
+        for told in self.image_list.copies(self.target, [dataset.domains[env].name for env in self.sources]):
+            self.log(told)
         self.train_parts = [parts[f"env{env}_in"] for env in self.sources]
         self.images = evaluation_images(run, dataset, parts, workers)
         channels = dataset.image_shape[0]
@@ -264,8 +229,8 @@ class Trainer:
         self.averaging.update(self.model, step)
         return value.item()
 
-    def evaluate(self, step: int) -> tuple[dict[str, float], bool]:
-        """Accuracies after the update of `step`, by the averaged weights where the method says so, and whether it did.
+    def evaluate(self, step: int) -> tuple[dict[str, float], bool, bool]:
+        """Accuracies after the update of `step`, whether averaged weights have them, and whether they may be selected.
 
         If this model may be selected and is the best so far, it is kept.
         """
@@ -287,7 +252,7 @@ class Trainer:
                 state = {name: value.detach().clone().cpu() for name, value in self.model.state_dict().items()}
                 self.best = {"step": step, "validation": validation, "accuracies": accuracies, "model": state}
         train_mode(self.model, run.freeze_bn)
-        return accuracies, weights is not None
+        return accuracies, weights is not None, selectable
 
     def statistics_images(self) -> Iterator[Tensor]:
         """Training images on which an averaged model's BatchNorm statistics are estimated, the same every time."""
@@ -296,12 +261,13 @@ class Trainer:
     def checkpoint(self, step: int, loss: float, step_time: float) -> None:
         """Evaluate after the update of `step`, keep the model if it is the best so far, and write it all down."""
         began = time.perf_counter()
-        accuracies, averaged = self.evaluate(step)
+        accuracies, averaged, selectable = self.evaluate(step)
         smallest = min(len(part.indices) for part in self.train_parts)
         quantization = self.run.quantization
         quantized = quantization is not None and quantization.makes_codes and may_be_selected(self.run, step)
         record = {
             "step": step,
+            "selectable": selectable,
             "epoch": step * self.run.batch_size / smallest,
             "loss": loss,
             "step_time": step_time,
@@ -321,7 +287,7 @@ class Trainer:
         self.write_results()
         stored = {
             "step": step,
-            "data": self.data_fingerprint(),
+            "data": self.image_list.division,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step_rule": self.take_step.state_dict(),
@@ -339,9 +305,10 @@ class Trainer:
         )
 
     def write_results(self) -> None:
-        """results.jsonl, and what the step rule has to tell."""
+        """The records of all checkpoints, of those that may be selected, and what the step rule has to tell."""
         if is_first():
-            write_records(self.folder / "results.jsonl", self.records)
+            write_records(self.folder / CHECKPOINTS, self.records)
+            write_records(self.folder / RESULTS, [r for r in self.records if r.get("selectable", True)])
             for name, text in self.take_step.files().items():
                 write_text(self.folder / name, text)
 
@@ -349,12 +316,10 @@ class Trainer:
         """Continue after the last checkpoint that is whole, if there is one."""
         stored = read_checkpoint(self.folder, self.log)
         if stored is None:
+            if is_first():
+                self.image_list.write(self.folder)
             return
-        if stored["data"] != self.data_fingerprint():
-            raise UserError(
-                f"{self.folder} was trained on other data ({stored['data']['source']}, not {self.dataset.source}): "
-                "bring that back, or start again with --overwrite"
-            )
+        self.refuse_other_data(stored["data"])
         makes_codes = self.run.quantization is not None and self.run.quantization.makes_codes
         if makes_codes and not any(name.endswith("_extra_state") for name in stored["model"]):
             raise UserError(
@@ -376,7 +341,7 @@ class Trainer:
         if "records" in stored:
             self.records = parse_records(stored["records"])
         else:  # of an earlier version, whose results.jsonl may hold a record that will be made again
-            self.records = [r for r in read_records(self.folder / "results.jsonl") if r["step"] < self.start]
+            self.records = [r for r in read_records(self.folder / RESULTS) if r["step"] < self.start]
         self.write_results()
         self.log(f"resumed after step {stored['step']}")
 
@@ -403,6 +368,7 @@ class Trainer:
             float_nbytes=self.float_nbytes,
             environment=self.environment,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            images=self.image_list.content,
         )
         if is_first():
             save_model(self.folder, self.best["model"], card)
@@ -422,9 +388,17 @@ class Trainer:
             "domains' out parts"
         )
 
-    def data_fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a resumed run."""
-        return {"source": self.dataset.source, "images": [len(domain.labels) for domain in self.dataset.domains]}
+    def refuse_other_data(self, division: Any) -> None:
+        """UserError if the run was begun on images other than those that are there now, or divided otherwise."""
+        if division == self.image_list.division:
+            return
+        before = ImageList.read(self.folder)
+        changed = "it was begun by an earlier version of qtdog"
+        if before is not None:
+            changed = difference(before, self.image_list) or "the images have another order"
+        raise UserError(
+            f"{self.folder} was begun on other data ({changed}): bring that back, or start again with --overwrite"
+        )
 
     def domainbed_args(self) -> dict[str, Any]:
         """What DomainBed's result collector groups by."""

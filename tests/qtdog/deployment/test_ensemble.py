@@ -117,7 +117,7 @@ def change(folder, **values):
     ("values", "told"),
     [
         ({"classes": ["a"]}, "differ in classes"),
-        ({"data_source": "other"}, "differ in data_source"),
+        ({"images": "other"}, "differ in images"),
         ({"holdout_fraction": 0.3}, "differ in holdout_fraction"),
         ({"seed": 0}, "have the same method, settings, target, trial, seed"),
     ],

@@ -1,5 +1,7 @@
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +24,8 @@ from qtdog.methods.algorithms import ERM, LOSSES
 from qtdog.methods.presets import METHODS, changed_from_preset, seeds_of, settle
 from qtdog.methods.steps import Plain
 from qtdog.models import DIGIT_NETWORKS, MNIST_CNN
-from qtdog.results.runs import read_card
-from qtdog.training import trainer
+from qtdog.results.runs import checkpoint_records, read_card
+from qtdog.training import quantization, trainer
 from qtdog.training.evaluation import mean_out_accuracy
 from tiny import DIGITS
 
@@ -56,13 +58,13 @@ def published_switch(model):
 @pytest.mark.parametrize("published", [False, True])
 def test_all_parameters_are_trained_after_the_switch(published):
     model = MNIST_CNN(1, 10)
-    report = trainer.prepare(model, QUANTIZATION)
+    report = quantization.prepare(model, QUANTIZATION)
     optimizer = torch.optim.Adam(qk.param_groups(model, lr=1e-3))
     steps(model, optimizer, 2)
     if published:
         published_switch(model)
     else:
-        trainer.switch(model, QUANTIZATION, report)
+        quantization.switch(model, QUANTIZATION, report)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert sum(name.endswith("weight_scale") for name in before) == 4
     steps(model, optimizer, 3)
@@ -83,7 +85,7 @@ def test_erm_is_the_mean_over_all_domains_images():
 
 
 def records(folder):
-    return read_records(Path(folder) / "results.jsonl")
+    return checkpoint_records(Path(folder))
 
 
 def untimed(folder):
@@ -94,11 +96,13 @@ def test_run_folder_holds_what_it_should(trained):
     folder = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed1"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        ".lock", "config.yaml", "out.txt", "results.jsonl", "checkpoint.pt", "model.safetensors", "model.json", "done"
+        ".lock", "config.yaml", "out.txt", "images.csv", "checkpoints.jsonl", "results.jsonl", "checkpoint.pt",
+        "model.safetensors", "model.json", "done",
     }  # fmt: skip
     rows = records(folder)
     assert [r["step"] for r in rows] == [0, 2, 4, 6, 8]
     assert [r["quantized"] for r in rows] == [False, False, True, True, True]
+    assert read_records(folder / "results.jsonl") == rows[2:]
     last = rows[-1]
     assert {f"env{i}_{part}_acc" for i in range(6) for part in ("in", "out")} <= last.keys()
     assert last["args"]["test_envs"] == [0] and last["args"]["algorithm"] == "QT-DoG" and last["args"]["seed"] == 1
@@ -345,11 +349,20 @@ def test_resume_on_other_data_is_refused(digits_dir, tmp_path, capsys, monkeypat
     arguments = quick(digits_dir, tmp_path, "--steps", "3")
     assert main(arguments) == 130
     assert f"continue with: qtdog {' '.join(arguments)} --resume" in capsys.readouterr().err
-    monkeypatch.setattr(trainer.Trainer, "data_fingerprint", lambda self: {"source": "elsewhere", "images": []})
-    assert main([*arguments, "--resume"]) == 2
-    assert "was trained on other data" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert main([*arguments, "--overwrite"]) == 0
+    moved = shutil.copytree(digits_dir, tmp_path / "moved")
+    elsewhere = [str(moved) if argument == str(digits_dir) else argument for argument in arguments]
+    pixels = moved / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    whole = pixels.read_bytes()
+    pixels.write_bytes(whole[:-400] + bytes(400))  # of the last digit
+    assert main([*elsewhere, "--resume"]) == 2
+    assert re.search(r"was begun on other data \(1 are changed \(\d+/9/\d+\)\)", capsys.readouterr().err)
+    pixels.write_bytes(whole)
+    assert main([*elsewhere, "--resume"]) == 0
+    assert main(elsewhere) == 0
+    pixels.write_bytes(whole[:-400] + bytes(400))
+    assert main(elsewhere) == 2
+    assert "was trained on other data (1 are changed" in capsys.readouterr().err
+    assert main([*elsewhere, "--overwrite"]) == 0
 
 
 @pytest.mark.slow
