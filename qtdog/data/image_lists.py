@@ -80,10 +80,10 @@ class ImageList:
         try:
             header, *rows = csv.reader(io.StringIO(read_sealed(file).decode()))
             images = [Image(*row) for row in rows]
+            if tuple(header) != Image._fields or {image.part for image in images} - {"in", "out"}:
+                raise ValueError("it is no list of images")
         except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
-        if tuple(header) != Image._fields or {image.part for image in images} - {"in", "out"}:
-            raise UserError(f"{file} is no list of images: {REMEDY}")
         return cls(images)
 
     def copies(self, target: str, sources: Sequence[str]) -> list[str]:
@@ -160,10 +160,10 @@ def changes(gone: Sequence[Image], new: Sequence[Image]) -> str:
     changed = [image for image in gone if image not in moved and str(image) in names]
     said = {str(image) for image in changed} | {str(other_labels[image.fingerprint]) for image in moved}
     told = {
-        "now lie elsewhere": [f"{image} as {other_labels[image.fingerprint]}" for image in moved],
-        "are changed": [str(image) for image in changed],
-        "are gone": [str(image) for image in gone if image not in moved and image not in changed],
-        "are new": [str(image) for image in new if str(image) not in said],
+        "moved": [f"{image} as {other_labels[image.fingerprint]}" for image in moved],
+        "changed": [str(image) for image in changed],
+        "gone": [str(image) for image in gone if image not in moved and image not in changed],
+        "new": [str(image) for image in new if str(image) not in said],
     }
     return "; ".join(f"{len(names)} {what} ({listing(names)})" for what, names in told.items() if names)
 

@@ -355,13 +355,13 @@ def test_resume_on_other_data_is_refused(digits_dir, tmp_path, capsys, monkeypat
     whole = pixels.read_bytes()
     pixels.write_bytes(whole[:-400] + bytes(400))  # of the last digit
     assert main([*elsewhere, "--resume"]) == 2
-    assert re.search(r"was begun on other data \(1 are changed \(\d+/9/\d+\)\)", capsys.readouterr().err)
+    assert re.search(r"was begun on other data \(1 changed \(\d+/9/\d+\)\)", capsys.readouterr().err)
     pixels.write_bytes(whole)
     assert main([*elsewhere, "--resume"]) == 0
     assert main(elsewhere) == 0
     pixels.write_bytes(whole[:-400] + bytes(400))
     assert main(elsewhere) == 2
-    assert "was trained on other data (1 are changed" in capsys.readouterr().err
+    assert "was trained on other data (1 changed" in capsys.readouterr().err
     assert main([*elsewhere, "--overwrite"]) == 0
 
 
