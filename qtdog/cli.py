@@ -23,7 +23,9 @@ from qtdog.config import TrainConfig
 from qtdog.data.verify import VerifyConfig, verify
 from qtdog.demo import DemoConfig, run_demo
 from qtdog.deployment.ensemble import EnsembleConfig, make_ensembles
-from qtdog.deployment.packed import EvalConfig, PredictConfig, evaluate_file, predict
+from qtdog.deployment.evaluating import EvalConfig, evaluate
+from qtdog.deployment.features import FeaturesConfig, write_features
+from qtdog.deployment.predicting import PredictConfig, predict
 from qtdog.deployment.signing import CheckSignatureConfig, SignConfig, sign
 from qtdog.deployment.signing import verify as verify_signature
 from qtdog.errors import UserError, one_line
@@ -124,27 +126,44 @@ Quantized members are written as one packed file, the folder `packed`: see `qtdo
     ),
     "eval": Command(
         EvalConfig,
-        evaluate_file,
-        "accuracy of a packed ensemble on each domain of a data set",
+        evaluate,
+        "how good a trained model is on each domain of a data set, by images that it was not trained on",
         """\
 examples:
-  qtdog eval runs/PACS/qtdog/sketch/trial0_ensemble/packed --data-dir data
-  qtdog eval packed --dataset folder --data-dir pictures     # other domains, the same classes
+  qtdog eval runs/PACS/qtdog/sketch/trial0_seed0                         # a run, on the data it was trained on
+  qtdog eval runs/PACS/qtdog/sketch/trial0_ensemble --data-dir data      # an ensemble
+  qtdog eval packed --dataset folder --data-dir pictures                 # other pictures of the same classes
+  qtdog eval packed --dataset folder --data-dir pictures --predictions answers.csv --output-dir judged
 
-Of source domains the held-out images count, of the target those that the tables report, of other data all.""",
+An image is known by its content, wherever it lies and whatever it is called: those that the model was trained on are
+named and left out. Of source domains the held-out images count, of the target those that the tables report, of other
+data all.""",
         positional=("file",),
     ),
     "predict": Command(
         PredictConfig,
         predict,
-        "classes of pictures by a packed ensemble, with the members' disagreement",
+        "classes of pictures by a trained model, with the members' disagreement",
         """\
 examples:
   qtdog predict packed photo.jpg sketch.png
+  qtdog predict runs/PACS/erm/sketch/trial0_seed0 pictures --csv answers.csv      # all pictures in a folder
   qtdog predict packed *.jpg --top 1 --json
 
 The disagreement is the share of members that would have decided otherwise: where it is high, look yourself.""",
         positional=("file", "images"),
+    ),
+    "features": Command(
+        FeaturesConfig,
+        write_features,
+        "what a trained network makes of images before its last layer, as a file of numpy's",
+        """\
+examples:
+  qtdog features runs/PACS/erm/sketch/trial0_seed0 --output sketch.npz
+  qtdog features runs/PACS/erm/sketch/trial0_seed0 --dataset folder --data-dir pictures --output pictures.npz
+
+Every image of the data is in it, with its domain, its label and what it was to the training.""",
+        positional=("file",),
     ),
     "sign": Command(
         SignConfig,

@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = ("make ", "pip install", "python -m benchmarks", "python -m domainbed", "python -m qkernels")
 ELSEWHERE += ("unzip ", "torchrun ")
 SMALL = "--steps 2 --checkpoint-freq 2 --batch-size 2 --eval-train-images 4 --device cpu"
-READERS = ("train", "sweep", "ensemble", "eval", "flatness", "landscape", "curvature")  # of images
+READERS = ("train", "sweep", "ensemble", "eval", "features", "flatness", "landscape", "curvature")  # of images
 MEASURE = {
     "flatness": "--radii 0 1 --directions 2 --max-images 2",
     "landscape": "--grid 3 --max-images 2",

@@ -180,6 +180,10 @@ def _model(program: nn.Module) -> bytes:
     return safetensors.torch.save(tensors, {"format": "pt", "kind": FORMAT, "version": str(version_of(program))})
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
 def model_card(contents: Contents) -> str:
     """README.md, with the front matter that model hubs read."""
     program, members, _, info = contents
@@ -191,7 +195,7 @@ def model_card(contents: Contents) -> str:
         "activations": "integer" if works_on_integers(program) else "float",
         "size": f"{nbytes_of(program):,} bytes",
         **{key: value for key, value in info.items() if isinstance(value, str | int | float)},
-        **{key: ", ".join(map(str, value)) for key, value in info.items() if key in ("classes", "domains")},
+        **{key: ", ".join(value) for key, value in info.items() if _are_texts(value)},
     }
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     accuracies = info.get("accuracy")

@@ -53,6 +53,10 @@ class ImageList:
             ]
         )
 
+    def without_names(self) -> "ImageList":
+        """For others, whom the names of files do not concern."""
+        return ImageList([image._replace(name="") for image in self.images])
+
     @cached_property
     def content(self) -> str:
         """A hash of which images there are, whatever their names, order and parts."""

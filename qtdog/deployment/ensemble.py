@@ -4,13 +4,12 @@ import datetime
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from qtdog.config import Device
@@ -18,15 +17,17 @@ from qtdog.data import DomainSet
 from qtdog.data.image_lists import ImageList, difference
 from qtdog.data.loaders import EvaluationImages
 from qtdog.deployment.packed import calibration_batches, pack_members
+from qtdog.deployment.seen import merged
 from qtdog.environment import describe_environment, pick_device, pick_workers
 from qtdog.errors import UserError
 from qtdog.files import DONE, seal, write_json, write_records
 from qtdog.log import PRINT, Log
 from qtdog.methods.presets import find_method
 from qtdog.results.data_of_runs import DataOfRuns
+from qtdog.results.predictions import Combine, Predictions, of_several, predict_images
 from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
 from qtdog.results.variants import best_draws, common, described, distinguishing_settings, settings_of
-from qtdog.training.evaluation import member_accuracies, sources
+from qtdog.training.evaluation import sources
 
 Member = tuple[Path, ModelCard]
 
@@ -36,9 +37,7 @@ class EnsembleConfig:
     """Settings of `qtdog ensemble`."""
 
     runs: Annotated[list[str], "run folders, or folders that hold them at any depth"] = field(default_factory=list)
-    combine: Annotated[Literal["logits", "probs"], "average the members' logits (EoQ) or their probabilities"] = (
-        "logits"
-    )
+    combine: Annotated[Combine, "average the members' logits (EoQ) or their probabilities"] = "logits"
     integer: Annotated[
         Literal["none", "mse", "percentile", "max"],
         "8-bit activations in the packed file, with scales found on training images by this rule; the change in "
@@ -146,19 +145,20 @@ def ensemble(
     task = f"{card.dataset}, target domain {card.target}, trial {run.trial_seed}"
     log(f"{find_method(run.method).ensemble_label} of {len(members)} members on {task}")
     models = [load_model(path, device) for path, _ in members]
+    images_seen = images_of_members(members)
     packed = None
     if card.quantization is not None:
-        packed = pack_members(models, card, config.combine)
+        packed = pack_members(models, card, images_seen, config.combine)
         log(textwrap.indent(str(packed.report), "  "))
     wanted = [f"env{run.test_env}_in"] + [f"env{env}_out" for env in (run.test_env, *sources(run, dataset))]
     workers = pick_workers(config.num_workers, card.preprocessing is not None)
     images = {part: EvaluationImages(parts[part], workers) for part in wanted}
 
-    def judge() -> dict[str, tuple[float, list[float]]]:
-        """Accuracy of the ensemble and of each member alone on every wanted part."""
-        network = in_turn(models) if packed is None else packed.member_logits
+    def judge() -> dict[str, Predictions]:
+        """What the ensemble answers for every wanted part."""
+        network = of_several(models) if packed is None else packed.member_logits
         shown = tqdm(images.items(), desc="evaluating", disable=None)
-        return {part: member_accuracies(network, each, config.combine, device) for part, each in shown}
+        return {part: predict_images(network, each, device, config.combine) for part, each in shown}
 
     judged = judge()
     change = {}
@@ -167,30 +167,40 @@ def ensemble(
         log(f"  {packed.to_integer_(calibration_batches(seen, config.calibration_images, device), config.integer)}")
         before, judged = judged, judge()
         for part in wanted:
-            change[f"{part}_acc"] = judged[part][0] - before[part][0]
+            change[f"{part}_acc"] = judged[part].accuracy - before[part].accuracy
             of = f"{parts[part].domain.name}, {'in' if part.endswith('in') else 'out'} part"
             log(f"  integer activations change the accuracy by {100 * change[f'{part}_acc']:+.1f} points on {of}")
     settings = {"combine": config.combine, "integer": config.integer, "integer_change": change}
     record = {
-        **{f"{part}_acc": together for part, (together, _) in judged.items()},
+        **{f"{part}_{name}": value for part, of in judged.items() for name, value in of.metrics().items()},
         **settings,
         **facts_of(members, dataset, device),
-        "target_accuracy": judged[f"env{run.test_env}_in"][0],
+        "target_accuracy": judged[f"env{run.test_env}_in"].accuracy,
         "nbytes": sum(member.nbytes for _, member in members) if packed is None else packed.nbytes,
     }
-    alone = {f"{part}_acc": of_members for part, (_, of_members) in judged.items()}
+    alone = {f"{part}_acc": of.member_accuracies for part, of in judged.items()}
     manifest = [manifest_entry(member, {part: of[i] for part, of in alone.items()}) for i, member in enumerate(members)]
     (folder / DONE).unlink(missing_ok=True)
     write_json(folder / "members.json", {"combine": config.combine, "members": manifest})
     write_records(folder / "results.jsonl", [record])
     if packed is not None:
-        accuracy = {parts[part].domain.name: judged[part][0] for part in wanted if part != f"env{run.test_env}_out"}
+        accuracy = {
+            parts[part].domain.name: judged[part].accuracy for part in wanted if part != f"env{run.test_env}_out"
+        }
         packed.save(folder / "packed", accuracy=accuracy, seeds=[member.run.seed for _, member in members])
+        if images_seen is not None:
+            images_seen.write(folder / "packed")
     seal(folder, ["members.json", "results.jsonl"])
-    together, each = judged[f"env{run.test_env}_in"]
-    singles = ", ".join(f"{100 * one:.1f}" for one in each)
-    log(f"  target accuracy {100 * together:.1f} (members alone: {singles}) -> {folder}")
+    on_target = judged[f"env{run.test_env}_in"]
+    singles = ", ".join(f"{100 * one:.1f}" for one in on_target.member_accuracies)
+    log(f"  target accuracy {100 * on_target.accuracy:.1f} (members alone: {singles}) -> {folder}")
     return folder
+
+
+def images_of_members(members: Sequence[Member]) -> ImageList | None:
+    """Every image that they know, as it lies beside their packed file; None if one of them does not say."""
+    lists = [images for folder, _ in members if (images := ImageList.read(folder)) is not None]
+    return merged(lists, members[0][1].targets).without_names() if len(lists) == len(members) else None
 
 
 def manifest_entry(member: Member, accuracies: dict[str, float]) -> dict[str, Any]:
@@ -222,8 +232,3 @@ def facts_of(members: Sequence[Member], dataset: DomainSet, device: torch.device
         "environment": describe_environment(device),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def in_turn(models: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """Images [N, C, H, W] to the logits [members, N, classes] of float models."""
-    return lambda images: torch.stack([model(images) for model in models])

@@ -44,11 +44,11 @@ KNOWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data_kind": ("a name", is_text),
     "dataset": ("a name", is_text),
     "domains": ("a list of names", is_texts),
-    "holdout_fraction": ("a share", lambda value: is_number(value) and 0 <= value < 1),
     "image_shape": ("three sizes", lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_size, v))),
+    "images_sha256": ("a hash", is_text),
     "preprocessing": ("an image_size, and the mean and std of three colors", is_preprocessing),
-    "target": ("a name", is_text),
-    "trial_seed": ("an integer", lambda value: type(value) is int),
+    "sources": ("a list of names", is_texts),
+    "targets": ("a list of names", is_texts),
 }
 
 

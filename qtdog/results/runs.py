@@ -83,6 +83,16 @@ class ModelCard:
         return RunConfig.from_dict(self.config)
 
     @property
+    def targets(self) -> list[str]:
+        """The names of the domains that were left out."""
+        return [self.target]
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the domains that it was trained on."""
+        return [name for name in self.domains if name not in self.targets]
+
+    @property
     def target_accuracy(self) -> float:
         """Share in 0..1 of the target domain's `in` part, as DomainBed reports it."""
         return self.accuracies[f"env{self.run.test_env}_in_acc"]

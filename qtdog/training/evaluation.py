@@ -1,19 +1,16 @@
-"""The parts of a run's domains, and the accuracy of a model on them."""
+"""The parts of a run's domains, and how good a model is on them."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from qtdog.config import RunConfig
 from qtdog.data import DomainSet
 from qtdog.data.images import AUGMENTATIONS
 from qtdog.data.loaders import EvaluationImages, Part, fits_in_memory
 from qtdog.errors import UserError
-
-Combine = Literal["logits", "probs"]
 
 
 def domain_parts(run: RunConfig, dataset: DomainSet) -> dict[str, Part]:
@@ -65,48 +62,6 @@ def mean_loss(model: nn.Module, parts: Sequence[EvaluationImages], device: torch
             total += F.cross_entropy(logits.float(), labels.to(device), reduction="sum").item()
             count += len(labels)
     return total / count
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: EvaluationImages, device: torch.device) -> float:
-    """Share of correct predictions, in 0..1; the model is left in eval mode."""
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    for batch, labels in images:
-        logits = model(batch.to(device, memory_format=torch.channels_last))
-        correct += (logits.argmax(1) == labels.to(device)).sum()
-    return correct.item() / len(images.part.indices)
-
-
-def combine_logits(logits: Tensor, combine: Combine) -> Tensor:
-    """Class probabilities of an ensemble.
-
-    Args:
-        logits: float [members, N, classes].
-        combine: `logits` takes the softmax of their mean over the members (EoQ), `probs` the mean of the softmaxes.
-
-    Returns:
-        float [N, classes].
-    """
-    return logits.mean(0).softmax(-1) if combine == "logits" else logits.softmax(-1).mean(0)
-
-
-@torch.no_grad()
-def member_accuracies(
-    member_logits: Callable[[Tensor], Tensor], images: EvaluationImages, combine: Combine, device: torch.device
-) -> tuple[float, list[float]]:
-    """Share of correct predictions, in 0..1, of an ensemble and of each member alone.
-
-    Args:
-        member_logits: images [N, C, H, W] to logits [members, N, classes].
-    """
-    together, alone = 0, torch.zeros(())
-    for batch, labels in images:
-        logits = member_logits(batch.to(device, memory_format=torch.channels_last)).float().cpu()
-        together += int((combine_logits(logits, combine).argmax(-1) == labels).sum())
-        alone = alone + (logits.argmax(-1) == labels).sum(1)
-    count = len(images.part.indices)
-    return together / count, (alone.double() / count).tolist()
 
 
 def mean_out_accuracy(accuracies: dict[str, float], envs: Sequence[int]) -> float:

@@ -30,9 +30,10 @@ from qtdog.methods.averaging import AVERAGING, holding
 from qtdog.methods.presets import changed_from_preset, find_method
 from qtdog.methods.steps import STEPS
 from qtdog.models import build_model, train_mode
+from qtdog.results.predictions import of_one, predict_images
 from qtdog.results.runs import CHECKPOINTS, RESULTS, SEALED, ModelCard, save_model
 from qtdog.training.checkpoints import BEFORE, read_checkpoint, remove_checkpoints, write_checkpoint
-from qtdog.training.evaluation import accuracy, domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
+from qtdog.training.evaluation import domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
 from qtdog.training.quantization import may_be_selected, prepare, scale_sizes, switch
 
 STATISTICS_BATCHES = 20
@@ -229,10 +230,11 @@ class Trainer:
         self.averaging.update(self.model, step)
         return value.item()
 
-    def evaluate(self, step: int) -> tuple[dict[str, float], bool, bool]:
-        """Accuracies after the update of `step`, whether averaged weights have them, and whether they may be selected.
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """How good the model is after the update of `step`: metrics of every part, and whether it may be selected.
 
-        If this model may be selected and is the best so far, it is kept.
+        Where the method averages weights, it is the averaged model. If it may be selected and is the best so far, it is
+        kept.
         """
         run, averaging = self.run, self.averaging
         share_buffers(self.model)
@@ -241,18 +243,25 @@ class Trainer:
             losses = [mean_loss(self.model, [self.images[f"env{env}_out"]], self.device) for env in self.sources]
             averaging.end_segment(step, sum(losses) / len(losses))
         final = step == run.steps - 1 or averaging.finished
+        selectable = may_be_selected(run, step) and (final or not averaging.final_only)
         weights = averaging.averaged_weights(final)
         with holding(self.model, weights, None if run.freeze_bn else self.statistics_images()):
-            names = list(self.images)
-            own = {name: accuracy(self.model, self.images[name], self.device) for name in share(names)}
-            accuracies = {f"{name}_acc": value for name, value in merged(own, names).items()}
-            validation = mean_out_accuracy(accuracies, self.sources)
-            selectable = may_be_selected(run, step) and (final or not averaging.final_only)
+            measured = self.measure()
+            validation = mean_out_accuracy(measured, self.sources)
             if selectable and (self.best is None or validation > self.best["validation"]):
                 state = {name: value.detach().clone().cpu() for name, value in self.model.state_dict().items()}
-                self.best = {"step": step, "validation": validation, "accuracies": accuracies, "model": state}
+                self.best = {"step": step, "validation": validation, "accuracies": measured, "model": state}
         train_mode(self.model, run.freeze_bn)
-        return accuracies, weights is not None, selectable
+        return {**measured, "averaged": weights is not None, "selectable": selectable}
+
+    def measure(self) -> dict[str, float]:
+        """The metrics of all parts, named as DomainBed's env0_in_acc; the model is left in eval mode."""
+        self.model.eval()
+        names = list(self.images)
+        own = {
+            name: predict_images(of_one(self.model), self.images[name], self.device).metrics() for name in share(names)
+        }
+        return {f"{part}_{name}": value for part, of in merged(own, names).items() for name, value in of.items()}
 
     def statistics_images(self) -> Iterator[Tensor]:
         """Training images on which an averaged model's BatchNorm statistics are estimated, the same every time."""
@@ -261,20 +270,18 @@ class Trainer:
     def checkpoint(self, step: int, loss: float, step_time: float) -> None:
         """Evaluate after the update of `step`, keep the model if it is the best so far, and write it all down."""
         began = time.perf_counter()
-        accuracies, averaged, selectable = self.evaluate(step)
+        evaluated = self.evaluate(step)
         smallest = min(len(part.indices) for part in self.train_parts)
         quantization = self.run.quantization
         quantized = quantization is not None and quantization.makes_codes and may_be_selected(self.run, step)
         record = {
             "step": step,
-            "selectable": selectable,
             "epoch": step * self.run.batch_size / smallest,
             "loss": loss,
             "step_time": step_time,
             "eval_time": time.perf_counter() - began,
-            **accuracies,
+            **evaluated,
             "quantized": quantized,
-            "averaged": averaged,
             "scales": scale_sizes(self.model),
             "data_source": self.dataset.source,
             "args": self.domainbed_args(),
@@ -299,9 +306,9 @@ class Trainer:
         if is_first():
             write_checkpoint(self.folder, stored)
         self.log(
-            f"step {step:>5}  loss {loss:.4f}  source out {mean_out_accuracy(accuracies, self.sources):.4f}  "
-            f"target in {accuracies[f'env{self.run.test_env}_in_acc']:.4f}  {step_time:.3f} s/step  "
-            f"{'quantized' if quantized else 'float'}{', averaged' if averaged else ''}"
+            f"step {step:>5}  loss {loss:.4f}  source out {mean_out_accuracy(evaluated, self.sources):.4f}  "
+            f"target in {evaluated[f'env{self.run.test_env}_in_acc']:.4f}  {step_time:.3f} s/step  "
+            f"{'quantized' if quantized else 'float'}{', averaged' if evaluated['averaged'] else ''}"
         )
 
     def write_results(self) -> None:

@@ -1,6 +1,5 @@
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,19 +12,19 @@ from qtdog.deployment import ensemble
 from qtdog.deployment.ensemble import EnsembleConfig
 from qtdog.errors import UserError
 from qtdog.files import read_records
+from qtdog.results.predictions import combined, predict_images
 from qtdog.results.runs import load_model
-from qtdog.training.evaluation import combine_logits, member_accuracies
 from tiny import write_card
 
 
 def test_mean_of_logits_is_not_mean_of_probabilities():
     # one member is very sure of class 0, two lean to class 1
     logits = torch.tensor([[[9.0, 0.0]], [[0.0, 2.0]], [[0.0, 2.0]]])
-    eoq = combine_logits(logits, "logits")
-    torch.testing.assert_close(eoq, torch.tensor([[9 / 3, 4 / 3]]).softmax(-1))
+    eoq = combined(logits, "logits").exp()
+    torch.testing.assert_close(eoq, torch.tensor([[9 / 3, 4 / 3]], dtype=torch.float64).softmax(-1))
     assert eoq.argmax() == 0
-    probs = combine_logits(logits, "probs")
-    torch.testing.assert_close(probs, torch.stack([row.softmax(-1) for row in logits]).sum(0) / 3)
+    probs = combined(logits, "probs").exp()
+    torch.testing.assert_close(probs, torch.stack([row.double().softmax(-1) for row in logits]).sum(0) / 3)
     assert probs.argmax() == 1
 
 
@@ -163,8 +162,6 @@ def test_images_are_read_once_for_all_members():
     reads = []
 
     class Images:
-        part = SimpleNamespace(indices=range(4))
-
         def __iter__(self):
             reads.append(None)
             yield torch.ones(3, 1, 1, 2), torch.tensor([0, 1, 0])
@@ -175,5 +172,6 @@ def test_images_are_read_once_for_all_members():
         always = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
         return always[:, None].expand(3, len(images), 2)
 
-    together, alone = member_accuracies(member_logits, Images(), "logits", torch.device("cpu"))
-    assert (together, alone) == (0.5, [0.5, 0.5, 0.5]) and len(reads) == 1
+    found = predict_images(member_logits, Images(), torch.device("cpu"))
+    assert (found.accuracy, found.member_accuracies) == (0.5, [0.5, 0.5, 0.5]) and len(reads) == 1
+    assert found.disagreement.tolist() == [2 / 3] * 4 and found.metrics()["acc"] == 0.5

@@ -284,7 +284,7 @@ def test_a_run_that_an_earlier_version_began_is_refused(digits_dir, tmp_path, ca
 def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
     """Products in half precision, weights, losses and evaluation in float32, and nearly the same training."""
     layers, evaluated = set(), set()
-    rule, accuracy = LOSSES[METHODS[method].loss], trainer.accuracy
+    rule, predict_images = LOSSES[METHODS[method].loss], trainer.predict_images
 
     class Watched(rule):
         def __call__(self, model, batches):
@@ -294,11 +294,11 @@ def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
             assert loss.dtype == torch.float32
             return loss
 
-    def judged(model, images, device):
-        evaluated.add(model(next(iter(images))[0]).dtype)
-        return accuracy(model, images, device)
+    def judged(network, images, device):
+        evaluated.add(network(next(iter(images))[0]).dtype)
+        return predict_images(network, images, device)
 
-    monkeypatch.setattr(trainer, "accuracy", judged)
+    monkeypatch.setattr(trainer, "predict_images", judged)
     whole = ["train", *DIGITS, "--dataset", "ColoredMNIST", "--data-dir", str(digits_dir), "--method", method]
     whole += ["--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4"]
     whole += ["--switch-step", "2"] * (method == "qtdog")
