@@ -29,8 +29,9 @@ from qtdog.deployment.predicting import PredictConfig, predict
 from qtdog.deployment.signing import CheckSignatureConfig, SignConfig, sign
 from qtdog.deployment.signing import verify as verify_signature
 from qtdog.errors import UserError, one_line
-from qtdog.methods.numbers import Number
-from qtdog.methods.presets import PARTS, PROTOCOLS, dashed, method_names, rule_numbers
+from qtdog.methods.method import PARTS, rule_numbers
+from qtdog.methods.numbers import Number, dashed
+from qtdog.methods.presets import PROTOCOLS, method_names
 from qtdog.results.collect import CollectConfig, collect
 from qtdog.training.jobs import train_all
 from qtdog.training.sweep import SweepConfig, sweep

@@ -199,6 +199,12 @@ class RunConfig:
     precision: Precision = "float32"
     plugins: tuple[Plugin, ...] = ()
 
+    def checkpoints_from(self, step: int) -> int:
+        """How many checkpoints it has from that of `step` on: after each `checkpoint_freq`-th update and the last."""
+        last = self.steps - 1
+        regular = last // self.checkpoint_freq - (step - 1) // self.checkpoint_freq
+        return regular + (last % self.checkpoint_freq != 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
         values = asdict(self)

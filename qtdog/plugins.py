@@ -27,8 +27,9 @@ from qtdog.data import DIGITS, DomainSet, TensorDomain
 from qtdog.errors import UserError
 from qtdog.methods.algorithms import LOSSES, Loss
 from qtdog.methods.averaging import AVERAGING, AveragingRule, FromStart
+from qtdog.methods.method import PARTS, Method, rule_numbers
 from qtdog.methods.numbers import number, numbers_of
-from qtdog.methods.presets import METHODS, PARTS, PROTOCOLS, Method, find_method, preset_name, rule_numbers
+from qtdog.methods.presets import METHODS, PROTOCOLS, find_method, preset_name
 from qtdog.methods.steps import STEPS, StepRule
 from qtdog.models import DIGIT_NETWORKS
 

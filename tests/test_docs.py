@@ -118,6 +118,10 @@ def test_qtdog_commands_run(page, pictures, digits, tmp_path, monkeypatch, reque
             command += shlex.split(SMALL + " --n-trials 1 --members 2 --test-envs 0 --jobs 1")
             if {"eoq", "lsq", "qtdog", "vrex+qtdog"} & set(command[2:]):
                 command += ["--switch-step", "1"]
+        if {"gaqat", "fqat"} & set(command):
+            command += ["--steps", "3", "--disorder-window", "2"]
+        if "swad" in command:
+            command += ["--swad-converge", "1"]
         if {"eoa", "sma"} & set(command):
             command += ["--average-start", "1"]
         if {"tf_efficientnet_lite0", "docs/results/icon_styles.yaml", "docs/results/ablation.yaml"} & set(command):

@@ -81,6 +81,11 @@ class FromStart(AveragingRule):
         100, "first step whose weights are averaged (default with quantization: the switch)", least=0
     )
 
+    @property
+    def least_checkpoints(self) -> tuple[str, int]:
+        """Which number says how many checkpoints it needs, from `average_start` on, to find an average; and that."""
+        return "average_start", 1
+
 
 @dataclass
 class SMA(FromStart):
@@ -133,6 +138,10 @@ class SWAD(FromStart):
 
     needs_loss = True
     final_only = True
+
+    @property
+    def least_checkpoints(self) -> tuple[str, int]:
+        return "swad_converge", self.swad_converge
 
     def update(self, model: nn.Module, step: int) -> None:
         if step >= self.average_start:

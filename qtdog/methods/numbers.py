@@ -41,3 +41,8 @@ def numbers_of(rule: type) -> Mapping[str, Number]:
     return {
         f.name: Number(f.name, types[f.name], f.default, **f.metadata) for f in fields(rule) if "help" in f.metadata
     }
+
+
+def dashed(name: str) -> str:
+    """A field's name as its flag is spelled."""
+    return name.replace("_", "-")

@@ -5,62 +5,17 @@ sets, for pictures, for this data set), the draw of `--hparams-seed`, and what t
 """
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal
+from collections.abc import Collection
+from dataclasses import MISSING, fields, replace
+from typing import Any
 
-from qtdog.config import INQ_FRACTIONS, Quantization, RunConfig, TrainConfig
+from qtdog.config import Quantization, RunConfig, TrainConfig
 from qtdog.data import DIGITS
 from qtdog.errors import UserError
-from qtdog.methods.algorithms import LOSSES
-from qtdog.methods.averaging import AVERAGING
+from qtdog.methods.checks import check
 from qtdog.methods.hparams import random_hparams
-from qtdog.methods.numbers import Number, numbers_of
-from qtdog.methods.steps import STEPS
-from qtdog.models import DIGIT_NETWORKS
-
-
-@dataclass(frozen=True)
-class Method:
-    """One loss (algorithms/), step rule (steps), averaging rule (averaging) and quantizer, or none.
-
-    `numbers` are those that differ from the protocol: for "all" data sets, for "pictures", or for a data set by name.
-    """
-
-    label: str
-    loss: str = "erm"
-    step: str = "plain"
-    averaging: str = "none"
-    quantizer: Literal["lsq", "inq"] | None = None
-    ensemble: str | None = None
-    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def ensemble_label(self) -> str:
-        return self.ensemble or f"Ensemble of {self.label}"
-
-    def rules(self) -> dict[str, type]:
-        """Its loss, step rule and averaging rule, by the groups of a run's settings."""
-        return {kind: rules[getattr(self, kind)] for kind, rules in RULES.items()}
-
-    def options(self) -> dict[str, list[str]]:
-        """The names of the numbers that they take."""
-        return {group: list(numbers_of(rule)) for group, rule in self.rules().items()}
-
-
-RULES: dict[str, Mapping[str, type]] = {"loss": LOSSES, "step": STEPS, "averaging": AVERAGING}
-PARTS: dict[str, Collection[str]] = {**RULES, "quantizer": ("lsq", "inq", "none")}
-
-
-def rule_numbers() -> dict[str, tuple[str, Number]]:
-    """Name -> (kind of rule, number) of every number that any rule has."""
-    return {
-        name: (kind, number)
-        for kind, rules in RULES.items()
-        for rule in rules.values()
-        for name, number in numbers_of(rule).items()
-    }
-
+from qtdog.methods.method import PARTS, Method, rule_numbers
+from qtdog.methods.numbers import dashed
 
 # SWAD averages from the start, and evaluates more often than DomainBed.
 _SWAD: dict[str, dict[str, Any]] = {
@@ -155,8 +110,6 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "folder": _PHOTOS,
     "csv": _PHOTOS,
 }
-
-_NOT_FOR_DIGITS = {"weights": "none", "dropout": 0.0, "freeze_bn": False, "image_size": None, "augmentation": "none"}
 
 
 def method_names() -> list[str]:
@@ -269,7 +222,7 @@ def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
         quantization=quantization,
         **settled,
     )
-    check(run)
+    check(run, chosen)
     return run
 
 
@@ -304,70 +257,3 @@ def changed_from_preset(run: RunConfig) -> dict[str, Any]:
     if run.quantization is not None:
         preset["average_start"] = run.quantization.switch_step
     return {name: values[name] for name in preset if name in values and values[name] != preset[name]}
-
-
-def check(run: RunConfig) -> None:
-    """Raises UserError for numbers that cannot be trained with, before anything is read or trained."""
-    for name in ("steps", "checkpoint_freq", "batch_size", "lr"):
-        if not getattr(run, name) > 0:
-            raise UserError(f"--{dashed(name)} must be greater than 0, not {getattr(run, name)}")
-    for name in ("weight_decay", "trial_seed", "hparams_seed", "seed", "dropout"):
-        if not getattr(run, name) >= 0:
-            raise UserError(f"--{dashed(name)} must not be negative, not {getattr(run, name)}")
-    if not 0 < run.holdout_fraction < 1:
-        raise UserError(f"--holdout-fraction must lie between 0 and 1, not {run.holdout_fraction}")
-    if run.eval_train_images is not None and run.eval_train_images < 1:
-        raise UserError(f"--eval-train-images must be at least 1, not {run.eval_train_images}")
-    is_digits = run.dataset in DIGITS
-    if is_digits != (run.backbone in DIGIT_NETWORKS):
-        fitting = " or ".join(DIGIT_NETWORKS) if is_digits else "a timm model of RGB images, such as resnet50.tv_in1k"
-        raise UserError(f"--backbone {run.backbone} does not take {run.dataset} images: use {fitting}")
-    if is_digits:
-        for name, none in _NOT_FOR_DIGITS.items():
-            if getattr(run, name) != none:
-                raise UserError(f"--{dashed(name)} has no meaning for {run.backbone}: leave it out")
-    chosen, given_numbers = find_method(run.method), {**run.loss, **run.step, **run.averaging}
-    for rule in chosen.rules().values():
-        for name, number in numbers_of(rule).items():
-            setting = given_numbers[name]
-            if isinstance(setting, int | float) and not number.least <= setting <= number.most:
-                raise UserError(f"--{dashed(name)} must be {number.limits}, not {setting:g}")
-    least = LOSSES[chosen.loss].least_batch
-    if run.batch_size < least:
-        raise UserError(f"--batch-size must be at least {least} for {chosen.label}")
-    if STEPS[chosen.step].needs_scales and chosen.quantizer != "lsq":
-        raise UserError(f"--step {chosen.step} is about learned scales, which --quantizer lsq has")
-    if run.quantization is not None:
-        check_quantization(run, run.quantization)
-
-
-def check_quantization(run: RunConfig, quantization: Quantization) -> None:
-    """Raises UserError for quantization that cannot be, or never starts, in this run."""
-    for name in ("weight_bits", "act_bits", "first_last_bits"):
-        bits = getattr(quantization, name)
-        if bits is not None and not 2 <= bits <= 8:
-            raise UserError(f"--{dashed(name)} must be 2 to 8, not {bits}")
-    if quantization.scale_lr < 0:
-        raise UserError(f"--scale-lr must not be negative, not {quantization.scale_lr}")
-    if not 0 <= quantization.switch_step < run.steps:
-        raise UserError(
-            f"quantization would start at step {quantization.switch_step}, which a run of {run.steps} steps never "
-            f"reaches: give --switch-step (the paper's 40 % is {run.steps * 2 // 5}) or more --steps"
-        )
-    if quantization.quantizer == "inq":
-        if quantization.qat_mode != "qat":
-            raise UserError(f"--qat-mode {quantization.qat_mode} has no meaning for INQ, which rounds step by step")
-        if len(quantization.snaps(run.steps)) < len(INQ_FRACTIONS):
-            raise UserError(
-                f"--steps {run.steps} leaves INQ no {len(INQ_FRACTIONS)} steps from the switch on: give more"
-            )
-    if run.averaging.get("average_start", quantization.switch_step) < quantization.switch_step:
-        raise UserError(
-            f"--average-start {run.averaging['average_start']} is before the switch at {quantization.switch_step}: an "
-            "average of float and quantized training is neither, start it at the switch or later"
-        )
-
-
-def dashed(name: str) -> str:
-    """A field's name as its flag is spelled."""
-    return name.replace("_", "-")

@@ -35,6 +35,19 @@ class StepRule:
 
     needs_scales: ClassVar[bool] = False  # whether it has no meaning for a method that does not quantize
 
+    @property
+    def least_steps(self) -> tuple[str, int]:
+        """Which number says how many steps it takes until it does what no other rule does; and that.
+
+        Of a rule that needs scales, steps from the switch on.
+        """
+        return "steps", 1
+
+    @property
+    def same_as(self) -> str | None:
+        """The name of the step rule that it is with its numbers, if that is another one."""
+        return None
+
     def __call__(self, loss: Loss, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None = None) -> Tensor:
         """Take one step; returns the loss before it, a detached scalar.
 
@@ -74,6 +87,10 @@ class WeightNoise(StepRule):
 
     weight_noise: float = number(1e-4, "weights are moved by up to this for each gradient", least=0)
 
+    @property
+    def same_as(self) -> str | None:
+        return "plain" if self.weight_noise == 0 else None
+
     def __call__(self, loss: Loss, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None = None) -> Tensor:
         optimizer.zero_grad()
         weights = [p for p in parameters_of(optimizer) if p.dim() >= 2]
@@ -91,7 +108,11 @@ class SAM(StepRule):
     Source: Foret et al. 2021.
     """
 
-    rho: float = number(0.05, "SAM's radius", least=1e-12)
+    rho: float = number(0.05, "SAM's radius", least=0)
+
+    @property
+    def same_as(self) -> str | None:
+        return "plain" if self.rho == 0 else None
 
     def __call__(self, loss: Loss, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None = None) -> Tensor:
         optimizer.zero_grad()
@@ -115,6 +136,10 @@ class SAGM(SAM):
     """
 
     alpha: float = number(1e-3, "SAGM's step along the gradient", least=0)
+
+    @property
+    def same_as(self) -> str | None:
+        return "plain" if self.rho == self.alpha == 0 else None
 
     def __call__(self, loss: Loss, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None = None) -> Tensor:
         optimizer.zero_grad()
@@ -155,6 +180,15 @@ class GAQAT(SAGM):
     disorder: "Disorder | None" = field(default=None, init=False, repr=False)
 
     needs_scales = True
+
+    @property
+    def least_steps(self) -> tuple[str, int]:
+        return "disorder_window", self.disorder_window
+
+    @property
+    def same_as(self) -> str | None:
+        never = self.disorder_threshold == (0 if self.freeze_when == "below" else 1)
+        return "sagm" if never else None
 
     def between_passes(self, model: nn.Module) -> None:
         scales = dict(qk.named_scales(unwrapped(model)))

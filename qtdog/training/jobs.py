@@ -19,14 +19,15 @@ from qtdog.environment import cores, describe_environment, pick_device, pick_wor
 from qtdog.errors import UserError
 from qtdog.files import is_done
 from qtdog.log import Log
-from qtdog.methods.algorithms import LOSSES
+from qtdog.methods.checks import check_minibatch
 from qtdog.methods.presets import find_method, seeds_of, settle
 from qtdog.models import preprocessing
 from qtdog.results.runs import checkpoint_records, read_card, run_folder, seconds_of
 from qtdog.training.evaluation import domain_parts
+from qtdog.training.facts import facts
 from qtdog.training.folders import prepare_folder, sole_owner
 from qtdog.training.progress import Progress, clock
-from qtdog.training.trainer import facts, train
+from qtdog.training.trainer import train
 
 WATCH_SECONDS = 0.5  # between two looks at how far the runs are
 _steps_done: "Synchronized[int] | None" = None  # in a process that `run_each` has started
@@ -72,7 +73,7 @@ class Job:
     def facts(self) -> list[str]:
         """What it has mostly in common with the other runs of a command, a line each."""
         _, dataset = self.data(shown=True)
-        return facts(self.run, dataset.source, describe_environment(pick_device(self.device)))
+        return facts(self.run, dataset, describe_environment(pick_device(self.device)))
 
     def outcome(self) -> str:
         """What came out, in a line."""
@@ -112,15 +113,6 @@ def plan(config: TrainConfig) -> list[Job]:
     check_jobs(config.jobs)
     for seed in seeds:
         template = plugins.remembered(settle(config, test_env=0, seed=seed))
-    if template.batch_size % distributed.world_size():
-        raise UserError(
-            f"--batch-size {template.batch_size} cannot be divided among {distributed.world_size()} processes"
-        )
-    least = LOSSES[find_method(template.method).loss].least_batch
-    if template.batch_size // distributed.world_size() < least:
-        raise UserError(
-            f"--batch-size must give each process at least {least} for {find_method(template.method).label}"
-        )
     pick_device(config.device)
     prepared = preprocessing(template.backbone, template.image_size)
     processes = config.jobs * distributed.local_world_size()
@@ -128,6 +120,7 @@ def plan(config: TrainConfig) -> list[Job]:
     read_dataset.cache_clear()  # what is on disk now, not what another plan of this process has read
     dataset = read_dataset(config.dataset, config.data_dir, prepared, True)
     domains = [domain.name for domain in dataset.domains]
+    check_minibatch(template, find_method(template.method), len(domains) - 1, distributed.world_size())
     jobs = []
     for env in parse_targets(config.test_envs, dataset.name, domains):
         for seed in seeds:

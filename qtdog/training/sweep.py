@@ -24,7 +24,10 @@ from qtdog.environment import pick_workers
 from qtdog.errors import UserError, one_line
 from qtdog.files import is_done, write_text
 from qtdog.log import Log
-from qtdog.methods.presets import composed, dashed, find_method, meaningless, rule_numbers, seeds_of, settle
+from qtdog.methods.checks import check_minibatch
+from qtdog.methods.method import rule_numbers
+from qtdog.methods.numbers import dashed
+from qtdog.methods.presets import composed, find_method, meaningless, seeds_of, settle
 from qtdog.results.runs import read_card
 from qtdog.training.folders import TrainedElsewhere, is_claimed, sole_owner
 from qtdog.training.jobs import Job, check_jobs, parse_targets, run_each
@@ -130,6 +133,7 @@ def jobs_of(config: SweepConfig) -> list[SweepJob]:
             for env in parse_targets(config.test_envs, title, domains):
                 for seed in range(config.members) if config.members else seeds_of(train_config):
                     run = plugins.remembered(settle(train_config, env, seed))
+                    check_minibatch(run, find_method(run.method), len(domains) - 1)
                     arguments = {**run.to_dict(), "dataset": title}
                     del arguments["data_dir"]  # the same run wherever the data lies
                     if run.plugins:  # and the plug-ins

@@ -27,41 +27,17 @@ from qtdog.files import parse_records, read_records, records_text, seal, write_r
 from qtdog.log import Log
 from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.averaging import AVERAGING, holding
-from qtdog.methods.presets import changed_from_preset, find_method
+from qtdog.methods.presets import find_method
 from qtdog.methods.steps import STEPS
 from qtdog.models import build_model, train_mode
 from qtdog.results.predictions import of_one, predict_images
 from qtdog.results.runs import CHECKPOINTS, RESULTS, SEALED, ModelCard, save_model
 from qtdog.training.checkpoints import BEFORE, read_checkpoint, remove_checkpoints, write_checkpoint
 from qtdog.training.evaluation import domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
+from qtdog.training.facts import facts
 from qtdog.training.quantization import may_be_selected, prepare, scale_sizes, switch
 
 STATISTICS_BATCHES = 20
-
-
-def facts(run: RunConfig, source: str, environment: dict[str, str]) -> list[str]:
-    """On which data, with which presets and versions: lines that the runs of one command have mostly in common."""
-    method, quantization = find_method(run.method), run.quantization
-    described = "float"
-    if quantization:
-        inputs = f", inputs {quantization.act_bits} bit" if quantization.act_bits else ""
-        described = (
-            f"{quantization.weight_bits} bit per {quantization.granularity}{inputs}, "
-            f"from {quantization.switch_step} ({quantization.quantizer}, {quantization.qat_mode})"
-        )
-    rules = {"loss": method.loss, "step": method.step, "averaging": method.averaging}
-    numbers = {"loss": run.loss, "step": run.step, "averaging": run.averaging}
-    told = [
-        f"{kind} {rule}" + "".join(f" {name}={value}" for name, value in numbers[kind].items())
-        for kind, rule in rules.items()
-    ]
-    changed = ", ".join(f"{name}={value}" for name, value in changed_from_preset(run).items())
-    return [
-        f"data: {source}",
-        "environment: " + ", ".join(f"{name} {value}" for name, value in environment.items()),
-        f"method preset {run.method}: {', '.join(told)}, {described}",
-        f"protocol preset {run.dataset}, of {run.method}: {'changed ' + changed if changed else 'unchanged'}",
-    ]
 
 
 @contextmanager
@@ -147,7 +123,7 @@ class Trainer:
             f"{self.method.label} on {self.dataset.name}, target domain {self.target}, trial {run.trial_seed}, "
             f"seed {run.seed} -> {self.folder}"
         )
-        for fact in facts(run, self.dataset.source, self.environment):
+        for fact in facts(run, self.dataset, self.environment):
             self.log.keep(fact)
 
     def run_steps(self, count: Callable[[int], object]) -> None:

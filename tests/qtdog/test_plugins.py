@@ -296,6 +296,7 @@ def test_parts_in_place_of_a_presets():
 @pytest.mark.slow
 def test_a_composition_trains_sweeps_and_is_collected_and_ensembled(digits_dir, tmp_path):
     parts = ["--loss", "coral", "--step", "sagm", "--averaging", "swad", "--quantizer", "lsq", "--coral-weight", "2"]
+    parts += ["--swad-converge", "2"]
     common = [*QUICK, "--batch-size", "4", "--data-dir", str(digits_dir), "--switch-step", "1", "--test-envs", "0"]
     common += [*parts, "--output-dir", str(tmp_path)]
     assert main(["train", *common, "--method", "erm", "--seeds", "0", "1"]) == 0

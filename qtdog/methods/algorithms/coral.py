@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtdog.errors import UserError
 from qtdog.methods.algorithms.loss import Loss, Minibatches
 from qtdog.methods.numbers import number
 from qtdog.models import head
@@ -17,13 +18,20 @@ from qtdog.models import head
 class CORAL(Loss):
     """Mean cross-entropy of the domains plus `coral_weight` times the mean `distance` over all pairs of domains.
 
-    The features are what the model's head takes.
+    The features are what the model's head takes. Of one domain it would be cross-entropy alone, so that is refused.
     """
 
+    least_domains: ClassVar[int] = 2  # a pair
     least_batch: ClassVar[int] = 2  # a covariance
     coral_weight: float = number(1.0, "weight of CORAL's penalty", least=0)
 
+    @property
+    def same_as(self) -> str | None:
+        return "erm" if self.coral_weight == 0 else None
+
     def __call__(self, model: nn.Module, minibatches: Minibatches) -> Tensor:
+        if len(minibatches) < self.least_domains:
+            raise UserError("CORAL compares source domains: it needs two of them")
         sizes = [len(y) for _, y in minibatches]
         features: list[Tensor] = []
         handle = head(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).float()))
@@ -34,8 +42,7 @@ class CORAL(Loss):
         losses = [F.cross_entropy(z.float(), y) for z, (_, y) in zip(logits.split(sizes), minibatches, strict=True)]
         with torch.autocast(logits.device.type, enabled=False):  # not a product of the network
             pairs = [distance(a, b) for a, b in combinations(features[0].split(sizes), 2)]
-        loss = torch.stack(losses).mean()
-        return loss + self.coral_weight * torch.stack(pairs).mean() if pairs else loss
+        return torch.stack(losses).mean() + self.coral_weight * torch.stack(pairs).mean()
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ the loss is computed and never in evaluation.
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,16 @@ from qtdog.models import style_layers
 class MixStyle(ERM):
     """Mean cross-entropy of all source domains' images, in nats, their styles mixed. The network is convolutional."""
 
+    least_images: ClassVar[int] = 2  # whose styles differ
+    of_one_domain: ClassVar[str] = "mixes the styles within it"
     mixstyle_p: float = number(0.5, "probability that a layer mixes the styles of a minibatch", least=0, most=1)
     mixstyle_alpha: float = number(
         0.1, "the share of its own style that an image keeps is drawn from Beta(alpha, alpha)", least=1e-12
     )
+
+    @property
+    def same_as(self) -> str | None:
+        return "erm" if self.mixstyle_p == 0 else None
 
     def __call__(self, model: nn.Module, minibatches: Minibatches) -> Tensor:
         def mix(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def test_coral_is_cross_entropy_plus_the_mean_over_pairs():
         expected = sum(each) / 3 + weight * sum(pairs) / 3
         torch.testing.assert_close(CORAL(coral_weight=weight)(model, data), expected)
     assert not model.classifier._forward_pre_hooks
-    torch.testing.assert_close(CORAL(coral_weight=1.0)(model, data[:1]), each[0])
+    with pytest.raises(UserError, match="it needs two of them"):
+        CORAL(coral_weight=1.0)(model, data[:1])
     loss = CORAL(coral_weight=1.0)(model, data)
     loss.backward()
     assert model.conv1.weight.grad.abs().max() > 0

@@ -168,8 +168,8 @@ def test_batch_norm_that_trains_is_estimated_for_averages(pictures, tmp_path):
 def test_transformer_at_another_image_size(pictures, tmp_path):
     arguments = ["train", "--dataset", "folder", "--data-dir", str(pictures), "--backbone", "test_vit", "--weights",
                  "none", "--image-size", "32", "--test-envs", "dark", "--device", "cpu", "--steps", "3",
-                 "--method", "gaqat", "--dropout", "0.1", "--checkpoint-freq", "1", "--batch-size", "2",
-                 "--num-workers", "0", "--output-dir", str(tmp_path)]  # fmt: skip
+                 "--method", "gaqat", "--disorder-window", "2", "--dropout", "0.1", "--checkpoint-freq", "1",
+                 "--batch-size", "2", "--num-workers", "0", "--output-dir", str(tmp_path)]  # fmt: skip
     assert main(arguments) == 0
     model = load_model(tmp_path / "tints" / "gaqat" / "dark" / "trial0_seed0")
     assert model.patch_embed.grid_size == (2, 2)
@@ -257,7 +257,7 @@ def test_inq_schedule():
         ({"method": "sam", "alpha": 0.1}, "--alpha has no meaning for method sam"),
         ({"method": "eoq", "average_start": 3}, "--average-start has no meaning for method eoq"),
         ({"method": "sam", "act_bits": 4}, "--act-bits has no meaning for method sam, which does not quantize"),
-        ({"method": "sam", "rho": 0.0}, "--rho must be "),
+        ({"method": "sam", "rho": -0.1}, "--rho must be at least 0"),
         ({"method": "gaqat", "disorder_threshold": 1.5}, "--disorder-threshold must be between 0 and 1"),
         ({"method": "gaqat", "disorder_window": 1}, "--disorder-window"),
         ({"method": "mixstyle", "mixstyle_p": 2.0}, "--mixstyle-p"),

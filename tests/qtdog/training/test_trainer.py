@@ -301,7 +301,7 @@ def test_mixed_precision(digits_dir, tmp_path, monkeypatch, method, precision):
     monkeypatch.setattr(trainer, "predict_images", judged)
     whole = ["train", *DIGITS, "--dataset", "ColoredMNIST", "--data-dir", str(digits_dir), "--method", method]
     whole += ["--steps", "5", "--checkpoint-freq", "2", "--eval-train-images", "4"]
-    whole += ["--switch-step", "2"] * (method == "qtdog")
+    whole += {"qtdog": ["--switch-step", "2"], "gaqat": ["--disorder-window", "4"]}.get(method, [])
     assert main([*whole, "--output-dir", str(tmp_path / "float32")]) == 0
     monkeypatch.setitem(LOSSES, METHODS[method].loss, Watched)
     assert main([*whole, "--output-dir", str(tmp_path / precision), "--precision", precision]) == 0
