@@ -1,9 +1,9 @@
 """Pictures with known classes for a model that is trained already: fewer will do than training needs.
 
-One domain is enough, and of the model's classes some; `<root>/<class>/<image>` is a domain that is called as its folder.
+One domain is enough, and of the model's classes some; `<root>/<class>/<image>` is a domain, called as its folder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qtdog.data.benchmark_files import benchmark_files, simple
@@ -59,7 +59,7 @@ def as_the_model(found: ImageFiles, classes: Sequence[str]) -> ImageFiles:
     """The same files with the classes as the model has them, whatever their spelling; it may lack some of them."""
     known = {simple(label): label for label in classes}
     problems = Problems()
-    files: dict[str, Mapping[str, list[Path]]] = {}
+    files: dict[str, dict[str, list[Path]]] = {}
     for domain, by_class in found.files.items():
         files[domain] = {label: [] for label in classes}
         for label, paths in by_class.items():

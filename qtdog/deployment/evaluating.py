@@ -174,11 +174,11 @@ def tell(name: str, judged: Judged, classes: Sequence[str], log: Log) -> None:
     singles = ", ".join(f"{100 * one:.1f}" for one in found.member_accuracies)
     alone = f"; members alone: {singles}" if len(found.member_accuracies) > 1 else ""
     log(f"  {name:20} {100 * found.accuracy:5.1f} %  of {len(found.labels):6} images  ({judged.described}{alone})")
-    numbers = found.metrics()
+    numbers = {name: value if name == "nll" else 100 * value for name, value in found.metrics().items()}
     worst = classes[worst_class(confusion_matrix(found.log_probabilities, found.labels))[0]]
     log(
-        f"  {'':20} macro {100 * numbers['macro_acc']:.1f} %, F1 {100 * numbers['macro_f1']:.1f} %, worst class "
-        f"{100 * numbers['worst_class_acc']:.1f} % ({worst}), NLL {numbers['nll']:.3f}, ECE {100 * numbers['ece']:.1f} %"
+        f"  {'':20} macro {numbers['macro_acc']:.1f} %, F1 {numbers['macro_f1']:.1f} %, worst class "
+        f"{numbers['worst_class_acc']:.1f} % ({worst}), NLL {numbers['nll']:.3f}, ECE {numbers['ece']:.1f} %"
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def write_features(config: FeaturesConfig, log: Log = PRINT) -> Path:
         features.append(features_of(predictor.models[0], EvaluationImages(part, workers), predictor.device))
         labels.append(domain.labels)
         images += images_of(dataset, env)
-    arrays = {
+    arrays: dict[str, Any] = {
         "features": torch.cat(features).numpy(),
         "labels": torch.cat(labels).numpy(),
         "domains": np.array([image.domain for image in images]),

@@ -20,7 +20,7 @@ def check_table(file: str) -> None:
     if Path(file).suffix not in FORMATS:
         raise UserError(f"{file} must end in {' or '.join(FORMATS)}")
     if Path(file).suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{file} needs the package pyarrow: `pip install pyarrow`, or name a .csv file")
+        raise UserError(f"{file} needs the package pyarrow: `pip install 'qtdog[parquet]'`, or name a .csv file")
 
 
 def columns_of(answers: Answers, classes: Sequence[str]) -> dict[str, list[Any]]:

@@ -37,7 +37,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """Print the most likely classes of each image and how far the members disagree; returns the same as records.
 
     Raises:
-        UserError: for an image that is missing or cannot be read. What was answered before is printed, and in the table.
+        UserError: for an image that is missing or cannot be read. The answers before it are printed, and in the table.
     """
     if config.csv:
         check_table(config.csv)
@@ -67,7 +67,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 def records_of(images: Sequence[Path], answers: Answers, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
     """An object for each image, with its `top` classes, the most likely first."""
     chances = answers.log_probabilities.exp()
-    best = chances.argsort(1, descending=True, stable=True)[:, :top].tolist()
+    best = chances.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()
     return [
         {
             "image": str(image),

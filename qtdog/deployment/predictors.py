@@ -187,8 +187,8 @@ def images_of_packed(place: Path, info: dict[str, Any]) -> ImageList | None:
     images = ImageList.read(folder)
     if images is None or images.division != info["images_sha256"]:
         raise UserError(
-            f"{folder / FILE} is {'missing' if images is None else 'another'}, without which nobody can tell which images "
-            "the ensemble was trained on: bring it back, or make the ensemble again"
+            f"{folder / FILE} is {'missing' if images is None else 'another'}, without which nobody can tell which "
+            "images the ensemble was trained on: bring it back, or make the ensemble again"
         )
     return images
 

@@ -21,8 +21,8 @@ JUDGED: tuple[Role, ...] = ("target", "source, held out", "never seen")
 def merged(lists: Sequence[ImageList], targets: Collection[str]) -> ImageList:
     """One list for models that share their images, and perhaps divide them differently.
 
-    An image is in the `in` part of a source if any of them was trained on it. Where they divide them differently, all of
-    a target is in its `in` part: none was trained on it.
+    An image is in the `in` part of a source if any of them was trained on it. Where they divide them differently, all
+    of a target is in its `in` part: none was trained on it.
     """
     first = lists[0]
     if all(images.division == first.division for images in lists):
@@ -76,7 +76,7 @@ class Seen:
             recognized = len(unknown) < len(images)
             if unknown and gone and recognized:
                 raise UserError(
-                    f"{len(unknown)} image(s) of {'/'.join(cell)} are new or changed ({listing(unknown)}) and {len(gone)} "
-                    "that were trained on are gone, so nobody can tell whether they were trained on: bring the old ones "
-                    "back, or put new ones into a domain of their own"
+                    f"{len(unknown)} image(s) of {'/'.join(cell)} are new or changed ({listing(unknown)}) and "
+                    f"{len(gone)} that were trained on are gone, so nobody can tell whether these are those: bring the "
+                    "old ones back, or put new ones into a domain of their own"
                 )

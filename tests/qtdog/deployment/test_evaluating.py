@@ -16,7 +16,7 @@ from qtdog.data.image_lists import ImageList
 from qtdog.files import read_records
 from qtdog.models import head
 from qtdog.results.runs import load_model, read_card
-from tiny import make_pictures
+from tiny import make_pictures, write_card
 
 TARGET, SOURCES = "bright", ("dark", "middle")
 
@@ -141,13 +141,10 @@ def test_ensembles_and_single_runs(trained, digits_dir, tmp_path, capsys):
     runs = shutil.copytree(trained / "RotatedMNIST" / "erm", tmp_path / "erm")
     (first,) = runs.rglob("trial0_seed0")
     second = shutil.copytree(first, first.parent / "trial0_seed1")
-    from tiny import write_card
-
     card = json.loads((second / "model.json").read_text())
     card["config"]["seed"] = 1
     write_card(second, card)
     assert main(["ensemble", str(runs), "--device", "cpu"]) == 0
-    (folder,) = runs.rglob("trial0_ensemble")
     moved = shutil.copytree(runs, tmp_path / "moved")
     shutil.rmtree(runs)
     (record,) = read_records(next(moved.rglob("trial0_ensemble/results.jsonl")))
@@ -183,7 +180,8 @@ def test_predictions_and_metrics(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("file", "told"), [("answers.txt", "must end in .csv or .parquet"), ("answers.parquet", "pip install pyarrow")]
+    ("file", "told"),
+    [("answers.txt", "must end in .csv or .parquet"), ("answers.parquet", "pip install 'qtdog[parquet]'")],
 )
 def test_tables_that_cannot_be_written(run, tmp_path, capsys, monkeypatch, file, told):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -214,7 +212,7 @@ def test_features(run, pictures, tmp_path, capsys):
 
 
 def test_members_see_the_same_images(picture_runs, elsewhere, tmp_path, capsys):
-    """A third seed that was trained on one picture more joins no ensemble; a new picture is left out, a lost one told."""
+    """A seed that was trained on one picture more joins no ensemble; a new picture is left out, a lost one told."""
     runs = shutil.copytree(picture_runs, tmp_path / "runs")
     ensemble = ["ensemble", str(runs), "--data-dir", str(elsewhere), "--device", "cpu"]
     (before,) = read_records(next(runs.rglob("trial0_ensemble/results.jsonl")))
