@@ -29,7 +29,7 @@ DIGITS: dict[str, Callable[[str | None], DomainSet]] = {"RotatedMNIST": rotated_
 # Their domains, where these are known without the data.
 MNIST_DOMAINS = {"RotatedMNIST": [str(angle) for angle in ANGLES], "ColoredMNIST": list(COLOR_FLIPS)}
 # The ways in which pictures of one's own may lie.
-LAYOUTS = {"folder": folder_files, "csv": manifest_files}
+LAYOUTS: dict[str, Callable[..., ImageFiles]] = {"folder": folder_files, "csv": manifest_files}
 
 
 def load_dataset(

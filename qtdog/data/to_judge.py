@@ -31,7 +31,7 @@ def files_to_judge(
         except UserError as error:
             raise UserError(f"{error}; other pictures of these classes, or some of them: --dataset folder") from error
     if name == "csv":
-        return as_the_model(manifest_files(place, log, to_judge=True), classes)
+        return as_the_model(manifest_files(place, log, least=1), classes)
     if name != "folder":
         raise UserError(f"there is no data set of pictures {name}: there are {', '.join(BENCHMARKS)}, folder and csv")
     base = existing_folder("folder", place, LAYOUT)

@@ -1,6 +1,7 @@
 """EoQ: independently trained quantized models whose logits are averaged (QT-DoG, section 3.3)."""
 
 import datetime
+import os
 import re
 import textwrap
 from collections import defaultdict
@@ -179,7 +180,9 @@ def ensemble(
         "nbytes": sum(member.nbytes for _, member in members) if packed is None else packed.nbytes,
     }
     alone = {f"{part}_acc": of.member_accuracies for part, of in judged.items()}
-    manifest = [manifest_entry(member, {part: of[i] for part, of in alone.items()}) for i, member in enumerate(members)]
+    manifest = [
+        manifest_entry(member, {part: of[i] for part, of in alone.items()}, folder) for i, member in enumerate(members)
+    ]
     (folder / DONE).unlink(missing_ok=True)
     write_json(folder / "members.json", {"combine": config.combine, "members": manifest})
     write_records(folder / "results.jsonl", [record])
@@ -203,11 +206,12 @@ def images_of_members(members: Sequence[Member]) -> ImageList | None:
     return merged(lists, members[0][1].targets).without_names() if len(lists) == len(members) else None
 
 
-def manifest_entry(member: Member, accuracies: dict[str, float]) -> dict[str, Any]:
+def manifest_entry(member: Member, accuracies: dict[str, float], ensemble_folder: Path) -> dict[str, Any]:
     """What members.json says of one."""
     folder, card = member
     return {
         "folder": str(folder),
+        "from_here": os.path.relpath(folder, ensemble_folder),  # still true when both are moved
         "seed": card.run.seed,
         "selected_step": card.selected_step,
         "nbytes": card.nbytes,

@@ -104,14 +104,18 @@ def of_ensemble(folder: Path, device: torch.device) -> Predictor:
     file = folder / MANIFEST
     try:
         manifest = json.loads(read_sealed(file))
-        places, combine = [Path(member["folder"]) for member in manifest["members"]], manifest["combine"]
+        combine = manifest["combine"]
+        places = [(folder / str(member.get("from_here", "")), Path(member["folder"])) for member in manifest["members"]]
         if not places or combine not in ("logits", "probs"):
             raise ValueError("it names no members")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
-    found = [place if place.is_dir() else folder.parent / place.name for place in places]  # both may have moved
-    if missing := [place for place in found if not is_done(place)]:
-        raise UserError(f"the member {missing[0]} of {folder} is not there: bring it back, or make the ensemble again")
+    found = []
+    for places_of_one in places:
+        there = [place for place in places_of_one if is_done(place) and place.resolve() != folder.resolve()]
+        if not there:
+            raise UserError(f"{folder} lacks its member {places_of_one[-1]}: bring it back, or make the ensemble again")
+        found.append(there[0])
     return of_models(found, combine, device)
 
 

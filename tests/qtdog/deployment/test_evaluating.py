@@ -82,7 +82,7 @@ def test_copies_and_renamed_files_are_recognized(run, packed, elsewhere, capsys)
 def test_an_added_picture_moves_nothing(run, elsewhere, capsys):
     Image.effect_noise((20, 16), 90).convert("RGB").save(elsewhere / "dark" / "red" / "000.png")
     found, _ = judged(capsys, run, "--data-dir", elsewhere)
-    assert found.pop("dark")[1:] == (5, "1 never seen; 4 source, held out")
+    assert found.pop("dark")[1:] == (5, "4 source, held out; 1 never seen")
     assert found == {name: numbers for name, numbers in expected(run).items() if name != "dark"}
 
 
