@@ -33,6 +33,7 @@ from qtdog.methods.method import PARTS, rule_numbers
 from qtdog.methods.numbers import Number, dashed
 from qtdog.methods.presets import PROTOCOLS, method_names
 from qtdog.results.collect import CollectConfig, collect
+from qtdog.results.comparison import CompareConfig, compare
 from qtdog.training.jobs import train_all
 from qtdog.training.sweep import SweepConfig, sweep
 
@@ -249,7 +250,19 @@ It reads what the runs have written: no model is run.""",
         """\
 examples:
   qtdog collect runs
+  qtdog collect runs --metric macro-f1          # written as table_macro-f1.*
   qtdog collect runs/RotatedMNIST --output-dir results""",
+        positional=("folder",),
+    ),
+    "compare": Command(
+        CompareConfig,
+        compare,
+        "how much better a method is than another on the same trials, with a confidence interval",
+        """\
+examples:
+  qtdog compare sweep --methods erm qtdog
+  qtdog compare sweep --methods qtdog eoq --metric worst --confidence .99
+  qtdog compare sweep --methods 'QT-DoG, qat-mode qat' 'QT-DoG, qat-mode rtn-frozen'""",
         positional=("folder",),
     ),
     "data verify": Command(

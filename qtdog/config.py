@@ -198,6 +198,12 @@ class RunConfig:
     averaging: dict[str, Any]  # of its averaging rule
     precision: Precision = "float32"
     plugins: tuple[Plugin, ...] = ()
+    grid: tuple[str, ...] = ()  # the settings that were searched, if this run is a point of a grid
+
+    @property
+    def test_envs(self) -> tuple[int, ...]:
+        """Indices of the target domains."""
+        return (self.test_env,)
 
     def checkpoints_from(self, step: int) -> int:
         """How many checkpoints it has from that of `step` on: after each `checkpoint_freq`-th update and the last."""
@@ -208,9 +214,10 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
         values = asdict(self)
-        values["plugins"] = list(values["plugins"])
-        if not self.plugins:
-            del values["plugins"]
+        for name in ("plugins", "grid"):
+            values[name] = list(values[name])
+            if not values[name]:
+                del values[name]
         return values
 
     def settings(self) -> dict[str, Any]:
@@ -229,5 +236,6 @@ class RunConfig:
         own = {
             "quantization": checked(Quantization, quantization) if quantization else None,
             "plugins": tuple(checked(Plugin, plugin) for plugin in plugins),
+            "grid": tuple(values.get("grid", [])),
         }
         return checked(cls, {**values, **own})

@@ -1,6 +1,9 @@
 """`qtdog collect`: the tables of everything under a folder, printed and written in every form."""
 
 import datetime
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,29 +12,100 @@ from qtdog.errors import UserError
 from qtdog.files import REMEDY, is_done, read_records, write_json, write_text
 from qtdog.log import PRINT, Log
 from qtdog.results import table_formats
+from qtdog.results.reported import METRICS, Metric, MetricName
 from qtdog.results.runs import RESULTS, find_runs, read_card
-from qtdog.results.tables import Result, as_json, averages, build_table
+from qtdog.results.selections import Result, targets_of
+from qtdog.results.tables import Table, as_json, averages, build_tables
+
+_NUMBER = re.compile(r"env\d+_(in|out)_(\w+)")  # of a domain's part in a record
 
 
 def read_result(folder: Path) -> Result:
-    """A finished run's card and last record."""
+    """A finished run's card, and the numbers of its records."""
     card, file = read_card(folder), folder / RESULTS
-    names = ["step", *card.accuracies]
+    names = ["step", *(name for name in card.accuracies if (of := _NUMBER.fullmatch(name)) and of[2] == "acc")]
     records = read_records(file)
     if not all(isinstance(record.get(name), int | float) for record in records for name in names):
         raise UserError(f"{file} is damaged (a record lacks {', '.join(names[:2])}, ...): {REMEDY}")
-    return Result(folder, card, max(records, key=lambda record: record["step"]))
+    numbers = [
+        {name: value for name, value in record.items() if name == "step" or _NUMBER.fullmatch(name)}
+        for record in records
+    ]
+    return Result(folder, card, numbers)
 
 
 def read_ensemble_record(file: Path) -> dict[str, Any]:
     """The record of an ensemble."""
     (record, *_) = read_records(file)
-    kinds = {"dataset": str, "method": str, "target": str, "settings": dict, "domains": list, "trial_seed": int}
-    numbers = dict.fromkeys(("target_accuracy", "nbytes", "float_nbytes", "members", "test_env"), int | float)
-    wrong = [name for name, kind in (kinds | numbers).items() if not isinstance(record.get(name), kind)]
+    kinds: dict[str, Any] = {"dataset": str, "method": str, "settings": dict, "domains": list, "trial_seed": int}
+    kinds |= {"target": str, "target_accuracy": int | float}
+    kinds |= {"test_envs": list} if "test_envs" in record else {"test_env": int}
+    kinds |= dict.fromkeys(("nbytes", "float_nbytes", "members"), int | float)
+    wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+    if not wrong:
+        names = [f"env{env}_in_acc" for env in targets_of(record)]
+        names += [f"env{env}_out_acc" for env in range(len(record["domains"])) if env not in targets_of(record)]
+        wrong = [name for name in names if not isinstance(record.get(name), int | float)]
     if wrong:
         raise UserError(f"{file} is damaged (it lacks {', '.join(wrong)}): {REMEDY}")
     return record
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The finished runs and the ensembles of one data set under a folder."""
+
+    results: list[Result]
+    ensembles: list[dict[str, Any]]
+
+
+def read_folder(place: str, metric: Metric) -> dict[str, Collected]:
+    """Everything under a folder by data set.
+
+    Raises:
+        UserError: for runs of a data set that differ in their domains, or what does not have the metric.
+    """
+    folder = Path(place)
+    results = [read_result(run) for run in find_runs([place])]
+    records = {file.parent: read_ensemble_record(file.with_name(RESULTS)) for file in manifests(folder)}
+    refuse_missing(metric, results, records)
+    found: dict[str, Collected] = defaultdict(lambda: Collected([], []))
+    for result in results:
+        found[result.card.dataset].results.append(result)
+    for name, collected in found.items():
+        if len({tuple(result.card.domains) for result in collected.results}) > 1:
+            raise UserError(f"runs of {name} under {folder} have different domains: collect their folders apart")
+        collected.ensembles.extend(record for record in records.values() if record["dataset"] == name)
+    return dict(sorted(found.items()))
+
+
+def manifests(folder: Path) -> list[Path]:
+    """The members.json of the ensembles at any depth."""
+    return sorted(folder.rglob("members.json"))
+
+
+def refuse_missing(metric: Metric, results: Sequence[Result], ensembles: Mapping[Path, dict[str, Any]]) -> None:
+    """Raises UserError for runs and ensembles that do not have the metric: earlier versions measured accuracy alone."""
+    lacking = []
+    for result in results:
+        names = {metric.name(env, "in") for env in result.targets} | {metric.name(env, "out") for env in result.sources}
+        if any(not names <= values.keys() for values in (result.card.accuracies, *result.records)):
+            lacking.append(result.folder)
+    for folder, record in ensembles.items():
+        targets = targets_of(record)
+        parts = [(env, "in" if env in targets else "out") for env in range(len(record["domains"]))]
+        if any(metric.name(env, part) not in record for env, part in parts):
+            lacking.append(folder)
+    if lacking:
+        raise UserError(
+            f"--metric {metric.flag} is not in the results of {some(lacking)}, of an earlier version: remove them and "
+            "train (ensembles: `qtdog ensemble`) again, or name a folder without them; --metric accuracy needs neither"
+        )
+
+
+def some(folders: Sequence[Path]) -> str:
+    """The first of them, and whether there are more."""
+    return ", ".join(map(str, folders[:5])) + ", ..." * (len(folders) > 5)
 
 
 @dataclass
@@ -39,8 +113,15 @@ class CollectConfig:
     """Settings of `qtdog collect`."""
 
     folder: Annotated[str, "folder that holds runs and ensembles at any depth"] = "runs"
-    output_dir: Annotated[str | None, "where table.txt, .md, .tex, .csv and .json go (default: the folder)"] = None
-    digits: Annotated[int, "decimals of a percent"] = 1
+    metric: Annotated[
+        MetricName,
+        "what the cells hold; `worst` is the accuracy of the worst domain (accuracy selects models in any case)",
+    ] = "accuracy"
+    output_dir: Annotated[
+        str | None,
+        "where table.txt, .md, .tex, .csv and .json go, or of another metric table_<metric>.* (default: the folder)",
+    ] = None
+    digits: Annotated[int, "decimals of a percent; of nats two more"] = 1
 
 
 def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:
@@ -48,30 +129,36 @@ def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:
     if config.digits < 0:
         raise UserError(f"--digits must not be negative, not {config.digits}")
     folder = Path(config.folder)
-    results = [read_result(run) for run in find_runs([config.folder])]
-    ensembles = [read_ensemble_record(manifest.with_name(RESULTS)) for manifest in sorted(folder.rglob("members.json"))]
-    grouped = {
-        name: ([r for r in results if r.card.dataset == name], [e for e in ensembles if e["dataset"] == name])
-        for name in sorted({result.card.dataset for result in results})
-    }
-    for name, (runs, _) in grouped.items():
-        if len({tuple(result.card.domains) for result in runs}) > 1:
-            raise UserError(f"runs of {name} under {folder} have different domains: collect their folders apart")
-    tables = {name: build_table(*group) for name, group in grouped.items()}
-    shown = [*tables.values()] + ([averages([*tables.values()])] if len(tables) > 1 else [])
+    metric = METRICS[config.metric]
+    collected = read_folder(config.folder, metric)
+    tables = {name: build_tables(one.results, one.ensembles, metric) for name, one in collected.items()}
+    shown = in_order([table for each in tables.values() for table in each])
     text = "\n".join(table_formats.as_text(table, config.digits) for table in shown)
     log(text)
     if unfinished := [file.parent for file in sorted(folder.rglob("config.yaml")) if not is_done(file.parent)]:
-        some = ", ".join(map(str, unfinished[:5])) + ", ..." * (len(unfinished) > 5)
-        log(f"{len(unfinished)} unfinished run(s) left out: {some}")
-    output = Path(config.output_dir or config.folder)
-    write_text(output / "table.txt", text)
-    write_text(output / "table.md", "\n".join(table_formats.as_markdown(table, config.digits) for table in shown))
-    write_text(output / "table.tex", "\n".join(table_formats.as_latex(table, config.digits) for table in shown))
-    write_text(output / "table.csv", table_formats.as_csv(shown))
+        log(f"{len(unfinished)} unfinished run(s) left out: {some(unfinished)}")
+    stem = "table" if config.metric == "accuracy" else f"table_{config.metric}"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    content = [as_json(tables[name], *group) for name, group in grouped.items()]
-    write_json(output / "table.json", {"date": date, "tables": content})
-    written = [output / f"table.{suffix}" for suffix in ("txt", "md", "tex", "csv", "json")]
+    content = [as_json(table, one.results, one.ensembles) for name, one in collected.items() for table in tables[name]]
+    forms = {
+        "txt": text,
+        "md": "\n".join(table_formats.as_markdown(table, config.digits) for table in shown),
+        "tex": "\n".join(table_formats.as_latex(table, config.digits) for table in shown),
+        "csv": table_formats.as_csv(shown),
+    }
+    output = Path(config.output_dir or config.folder)
+    written = [output / f"{stem}.{suffix}" for suffix in (*forms, "json")]
+    for path, form in zip(written, forms.values(), strict=False):
+        write_text(path, form)
+    write_json(written[-1], {"date": date, "tables": content})
     log("written: " + ", ".join(map(str, written)))
     return written
+
+
+def in_order(tables: Sequence[Table]) -> list[Table]:
+    """Tables of runs that leave out one domain, of those that leave out two, ...; averages behind several data sets."""
+    shown = []
+    for left_out in sorted({table.left_out for table in tables}):
+        group = [table for table in tables if table.left_out == left_out]
+        shown += [*group, *([averages(group)] if len(group) > 1 else [])]
+    return shown

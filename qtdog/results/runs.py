@@ -17,6 +17,7 @@ and then renamed, so that a kill leaves the old or the new one, never a half.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class ModelCard:
     date: str
     images: str | None = None  # ImageList.content; None: of an earlier version, which kept no list
 
-    @property
+    @cached_property
     def run(self) -> RunConfig:
         return RunConfig.from_dict(self.config)
 

@@ -1,8 +1,10 @@
 """A table as text, Markdown, LaTeX and CSV."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from qtdog.files import csv_text
+from qtdog.results.statistics import Cell, average
 from qtdog.results.tables import Table
 
 
@@ -48,13 +50,22 @@ def escaped(text: str) -> str:
 
 
 def as_csv(tables: Sequence[Table]) -> str:
-    """One line a cell, unrounded, for a spreadsheet or pandas."""
-    lines = []
+    """One line a cell, unrounded, for a spreadsheet or pandas; the summaries Avg and Worst are lines of their own."""
+    lines: list[list[Any]] = []
     for table in tables:
         for row in table.rows:
+            start = [table.title, table.metric.flag, row.label, row.selection]
             for column in table.columns:
-                cell = row.cells.get(column)
                 inside = row.in_domain[column].mean if column in row.in_domain else ""
-                numbers = [cell.mean, cell.stderr, len(cell.trials)] if cell else ["", "", 0]
-                lines.append([table.title, row.label, row.selection, column, *numbers, inside])
-    return csv_text(["table", "algorithm", "selection", "column", "mean", "stderr", "n", "in_domain"], lines)
+                lines.append([*start, column, *numbers(row.cells.get(column)), inside])
+            if not table.metric.is_of_the_worst_domain:
+                mean = average(row.cells, table.columns)  # as in DomainBed without an error
+                lines.append([*start, "Avg", "" if mean is None else mean, "", "", ""])
+            lines.append([*start, "Worst", *numbers(table.worst(row.cells)), ""])
+    header = ["table", "metric", "algorithm", "selection", "column", "mean", "stderr", "n", "in_domain"]
+    return csv_text(header, lines)
+
+
+def numbers(cell: Cell | None) -> list[Any]:
+    """Mean, standard error and number of trials."""
+    return ["", "", 0] if cell is None else [cell.mean, cell.stderr, len(cell.trials)]
