@@ -6,7 +6,7 @@ A rule is a dataclass of its numbers (see `numbers.py`).
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,11 @@ class AveragingRule:
     needs_loss = False  # whether `end_segment` wants the validation loss at each checkpoint
     finished = False  # whether the run may end here
     final_only = False  # whether only the average at the end of the run may be selected
+
+    @property
+    def summary(self) -> str:
+        """At the end of a run: what was averaged, for its log and model card; nothing if its name says all."""
+        return ""
 
     def update(self, model: nn.Module, step: int) -> None:
         """After each update."""
@@ -115,25 +120,42 @@ class SWAD(FromStart):
     """Stochastic weight averaging densely: the mean of the weights while the validation loss is in its valley.
 
     The weights between two checkpoints are averaged to a segment, which has the later one's validation loss. The
-    valley begins with the oldest of the last `swad_converge` segments as soon as it has the least loss of them, and its
-    threshold is their mean loss times 1 + `swad_ratio`. From then on the oldest segment that waits is averaged as often
-    as `swad_tolerance` of them wait, each once, unless the least loss of those exceeds the threshold: then the valley,
-    and the run, ends. At the end of the run those that still wait are averaged under the same condition. A run that
-    found no valley has its last segment.
+    valley begins with the oldest of the last `swad_converge` segments as soon as it has the least loss of them (of
+    equal ones the first counts), and its threshold is their mean loss times 1 + `swad_ratio`. It ends, and the run with
+    it, when the last `swad_tolerance` segments, its own oldest or later, all lie above the threshold. A run that found
+    no valley has its last segment.
+
+    `paper` is algorithm 1: the mean of the segments from the valley's first to the last before those that ended it, or
+    to the end of the run.
+
+    `released` is the authors' LossValley, which made their numbers, and averages others:
+
+    - With a tolerance longer than `swad_converge`, also those of the last `swad_tolerance` segments before the valley
+      whose loss, and all after it, is at most the threshold; all but the first of these. The valley's first is among
+      them, and counts once more when it has become the oldest that is looked at. In a run that is younger than the
+      tolerance, these segments are the run's first, some of the valley included, and the run's first counts at each
+      checkpoint until there are enough.
+    - The valley's first segment is only a place holder, which the first that is averaged replaces.
+    - At the end of the run the oldest that is looked at is left out, whether it has been counted or not, and the others
+      count until all that are left lie above the threshold.
 
     Nothing before `average_start` counts, so the switch to quantized weights restarts it, and it cannot end a run
     before that.
 
-    Source: Cha et al. 2021, algorithm 1 with the numbers of its LossValley.
+    Source: Cha et al. 2021, algorithm 1; github.com/khanrc/swad.
     """
 
+    swad_valley: Literal["released", "paper"] = number(
+        "released", "what SWAD averages: as the authors' code, which made their numbers, or as the paper's algorithm 1"
+    )
     swad_converge: int = number(3, "checkpoints whose oldest has the least loss begin SWAD", least=1)
     swad_tolerance: int = number(6, "checkpoints above the threshold that end it", least=1)
     swad_ratio: float = number(0.3, "how far above the mean loss the threshold lies", least=0)
     segment: Mean = field(default_factory=Mean, init=False, repr=False)
     average: Mean = field(default_factory=Mean, init=False, repr=False)
-    waiting: list[tuple[float, Weights]] = field(default_factory=list, init=False, repr=False)
+    last: list[tuple[float, Weights]] = field(default_factory=list, init=False, repr=False)  # segments, oldest first
     threshold: float | None = field(default=None, init=False)  # None: the valley has not begun
+    since: int = field(default=0, init=False)  # segments from the valley's first on
     finished: bool = field(default=False, init=False)
 
     needs_loss = True
@@ -143,6 +165,12 @@ class SWAD(FromStart):
     def least_checkpoints(self) -> tuple[str, int]:
         return "swad_converge", self.swad_converge
 
+    @property
+    def summary(self) -> str:
+        if self.threshold is None:
+            return "SWAD found no valley, so of the last segment"
+        return "SWAD's valley " + ("as in the paper" if self.swad_valley == "paper" else "as in the released code")
+
     def update(self, model: nn.Module, step: int) -> None:
         if step >= self.average_start:
             self.segment.add(dict(model.named_parameters()))
@@ -150,47 +178,97 @@ class SWAD(FromStart):
     def end_segment(self, step: int, loss: float) -> None:
         if step < self.average_start:
             return
-        self.waiting.append((loss, self.segment.weights))
+        self.last.append((loss, self.segment.weights))
+        self.last = self.last[-max(self.swad_converge, self.swad_tolerance) :]
         self.segment = Mean()
         if self.threshold is None:
-            self.waiting = self.waiting[-self.swad_converge :]
-            losses = [loss for loss, _ in self.waiting]
-            if len(losses) < self.swad_converge or losses[0] > min(losses):
-                return
-            self.threshold = sum(losses) / len(losses) * (1 + self.swad_ratio)
-        while len(self.waiting) >= self.swad_tolerance and not self.finished:
-            if min(loss for loss, _ in self.waiting[: self.swad_tolerance]) > self.threshold:
+            self.begin_valley()
+            return
+        self.since += 1
+        if self.reached:
+            if above(self.looked_at, self.threshold):
                 self.finished = True
             else:
-                self.average.add(self.waiting.pop(0)[1])
+                self.average.add(self.looked_at[0][1])
+
+    @property
+    def looked_at(self) -> list[tuple[float, Weights]]:
+        """The segments that may end the valley."""
+        return self.last[-self.swad_tolerance :]
+
+    @property
+    def reached(self) -> bool:
+        """Whether the oldest segment that is looked at is the valley's first or a later one.
+
+        As the paper has it, only when there are as many as the tolerance; the released code does not ask for that.
+        """
+        return self.since >= (self.swad_tolerance if self.swad_valley == "paper" else len(self.looked_at))
+
+    def begin_valley(self) -> None:
+        """Begin the valley if the oldest of the last `swad_converge` segments has the least loss of them."""
+        latest = self.last[-self.swad_converge :]
+        losses = [loss for loss, _ in latest]
+        if len(losses) < self.swad_converge or losses[0] > min(losses):
+            return
+        self.threshold = sum(losses) / len(losses) * (1 + self.swad_ratio)
+        self.since = self.swad_converge
+        left = self.swad_converge - self.swad_tolerance  # segments of the valley that are looked at no more
+        self.average.weights = latest[0][1]  # stands until the first is added
+        if self.swad_valley == "paper":
+            early = latest[: max(left + 1, 0)]
+        else:
+            early = latest[1 : left + 1] if left >= 0 else below(self.looked_at[: 1 - left], self.threshold)[1:]
+        for _, weights in early:
+            self.average.add(weights)
 
     def averaged_weights(self, final: bool) -> Weights | None:
         if not final:
             return None
         if self.threshold is None:
-            return self.waiting[-1][1] if self.waiting else None
+            return self.last[-1][1] if self.last else None
         average = Mean()
         average.count, average.weights = self.average.count, {n: w.clone() for n, w in self.average.weights.items()}
-        for i, (_, weights) in enumerate(self.waiting):
-            if self.finished or min(loss for loss, _ in self.waiting[i:]) > self.threshold:
-                break
+        for _, weights in self.left_at_the_end(self.threshold):
             average.add(weights)
         return average.weights
+
+    def left_at_the_end(self, threshold: float) -> list[tuple[float, Weights]]:
+        """The segments that the end of the run adds to a valley that has not ended."""
+        if self.finished:
+            return []
+        if self.swad_valley == "paper":
+            return self.looked_at[1:] if self.reached else self.looked_at[-self.since :]
+        left = self.looked_at[1:]
+        while left and left[-1][0] > threshold:
+            left.pop()
+        return left
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "segment": self.segment.state_dict(),
             "average": self.average.state_dict(),
-            "waiting": [list(pair) for pair in self.waiting],
+            "last": [list(pair) for pair in self.last],
             "threshold": self.threshold,
+            "since": self.since,
             "finished": self.finished,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.segment.load_state_dict(state["segment"], device)
         self.average.load_state_dict(state["average"], device)
-        self.waiting = [(loss, {n: w.to(device) for n, w in weights.items()}) for loss, weights in state["waiting"]]
-        self.threshold, self.finished = state["threshold"], state["finished"]
+        self.last = [(loss, {n: w.to(device) for n, w in weights.items()}) for loss, weights in state["last"]]
+        self.threshold, self.since, self.finished = state["threshold"], state["since"], state["finished"]
+
+
+def above(segments: list[tuple[float, Weights]], threshold: float) -> bool:
+    """Whether all losses are greater than the threshold."""
+    return min(loss for loss, _ in segments) > threshold
+
+
+def below(segments: list[tuple[float, Weights]], threshold: float) -> list[tuple[float, Weights]]:
+    """The segments after the last whose loss is greater than the threshold."""
+    last = max((i for i, (loss, _) in enumerate(segments) if loss > threshold), default=-1)
+    return segments[last + 1 :]
 
 
 AVERAGING: dict[str, type[AveragingRule]] = {"none": AveragingRule, "sma": SMA, "swad": SWAD}

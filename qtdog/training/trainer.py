@@ -357,6 +357,7 @@ class Trainer:
             save_model(self.folder, self.best["model"], card)
             remove_checkpoints(self.folder, BEFORE)
             seal(self.folder, [*SEALED, *self.take_step.files()])
+        self.log(f"selected: {card.selection}")
         self.log(f"selected step {card.selected_step}, target accuracy {card.target_accuracy:.4f}")
         return card
 
@@ -364,7 +365,8 @@ class Trainer:
         """How the model was chosen, for tables."""
         quantized = "quantized " if self.run.quantization and self.run.quantization.makes_codes else ""
         if self.averaging.final_only:
-            return f"the {quantized}average at the end of the run, from source validation losses"
+            how = f" ({self.averaging.summary})" if self.averaging.summary else ""
+            return f"the {quantized}average at the end of the run, from source validation losses{how}"
         averaged = " of averaged weights" if self.method.averaging != "none" else ""
         return (
             f"source validation, the {quantized}checkpoint{averaged} with the best mean accuracy on the source "

@@ -1,6 +1,7 @@
 """SMA, SWAD and the averaged model, against independent versions."""
 
 import io
+from collections import deque
 
 import numpy as np
 import pytest
@@ -40,27 +41,54 @@ def test_sma_averages_from_its_start():
 # SWAD ------------------------------------------------------------------------------------------------------------
 
 
-def loss_valley(losses, segments, converge, tolerance, ratio):
-    """Average and end of the run by indices: which segments are averaged, and at which one the run ends, if it does.
+def released(losses, converge, tolerance, ratio):
+    """The averaged segments by index, each as often as it counts, and that at which the run ends, by the released code.
 
-    Segment i is averaged if all before it since the valley's first were, and the least of the losses of the
-    `tolerance` segments from i on, or of those that there are at the end, is at most the threshold.
+    Its bookkeeping: two queues of the latest segments, and a model whose count begins at 0, so that the first segment
+    that is averaged replaces what it was made of.
     """
-    for now in range(converge - 1, len(losses)):
-        first = now - converge + 1
-        if losses[first] == min(losses[first : now + 1]):
-            break
-    else:
+    latest, smooth = deque(maxlen=converge), deque(maxlen=tolerance)
+    made_of, averaged, begun, threshold = None, [], None, None
+    for now, _ in enumerate(losses):
+        latest.append(now)
+        smooth.append(now)
+        if begun is None:
+            if len(latest) == converge and np.argmin([losses[i] for i in latest]) == 0:
+                begun = made_of = latest[0]
+                threshold = np.mean([losses[i] for i in latest]) * (1 + ratio)
+                if tolerance < converge:
+                    averaged += list(latest)[1 : 1 + converge - tolerance]
+                elif tolerance > converge:
+                    early = list(smooth)[: tolerance - converge + 1]
+                    start = 0
+                    for place, i in enumerate(early):
+                        if losses[i] > threshold:
+                            start = place + 1
+                    averaged += early[start + 1 :]
+        elif smooth[0] >= begun:
+            if min(losses[i] for i in smooth) > threshold:
+                return averaged or [made_of], now
+            averaged.append(smooth[0])
+    if begun is None:
         return [len(losses) - 1], None
-    threshold = np.mean(losses[first : now + 1]) * (1 + ratio)
-    chosen = []
-    for i in range(first, len(losses)):
-        if min(losses[i : i + tolerance]) > threshold:
-            # the run ends when the whole window is known, or not, if the losses end before
-            end = max(i + tolerance - 1, now)
-            return chosen, end if end < len(losses) else None
-        chosen.append(i)
-    return chosen, None
+    smooth.popleft()
+    while smooth and min(losses[i] for i in smooth) <= threshold:
+        averaged.append(smooth.popleft())
+    return averaged or [made_of], None
+
+
+def paper(losses, converge, tolerance, ratio):
+    """The same by algorithm 1 of the paper, over segments; without a valley the last, as the paper does not say."""
+    first, last, threshold, end = 0, len(losses) - 1, None, None
+    for i in range(len(losses)):
+        if threshold is None:
+            window = losses[max(i - converge + 1, 0) : i + 1]
+            if len(window) == converge and window[0] == min(window):
+                first, threshold = i - converge + 1, np.mean(window) * (1 + ratio)
+        elif i - first + 1 >= tolerance and threshold < min(losses[i - tolerance + 1 : i + 1]):
+            last, end = i - tolerance, i
+            break
+    return list(range(len(losses) - 1 if threshold is None else first, last + 1)) or [first], end
 
 
 def run_swad(losses, values, start=0, freq=3, **numbers):
@@ -78,30 +106,66 @@ def run_swad(losses, values, start=0, freq=3, **numbers):
     return rule, end
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_loss_valley_against_an_independent_version(seed):
-    random = np.random.RandomState(seed)
-    count = random.randint(1, 40)
-    shape = np.abs(np.linspace(-1, random.uniform(0, 2), count)) + random.uniform(0, 0.5) * random.rand(count)
-    losses = (0.3 + shape).tolist()
-    values = random.randn(3 * count)
-    converge, tolerance = (3, 6) if seed % 2 else (random.randint(1, 5), random.randint(1, 8))
-    ratio = random.choice([0.0, 0.05, 0.2, 0.3])
-    rule, end = run_swad(losses, values, swad_converge=converge, swad_tolerance=tolerance, swad_ratio=ratio)
-    segments = values.reshape(count, 3).mean(1)
-    chosen, expected_end = loss_valley(losses, segments, converge, tolerance, ratio)
-    assert end == expected_end
-    weight = rule.averaged_weights(final=True)["weight"]
-    np.testing.assert_allclose(weight.numpy(), segments[chosen].mean(), rtol=1e-9)
+def curves(count):
+    """Random validation losses with the numbers of SWAD: falling and rising, flat, with ties, short and long."""
+    random = np.random.RandomState(0)
+    for _ in range(count):
+        length = random.randint(1, 30)
+        falling = np.abs(np.linspace(-1, random.uniform(0, 2), length)) * random.uniform(0, 2)
+        losses = 0.3 + falling + random.uniform(0, 1) * random.rand(length)
+        if random.rand() < 0.3:
+            losses = losses.round(1)  # ties
+        numbers = (3, 6) if random.rand() < 0.3 else (random.randint(1, 7), random.randint(1, 9))
+        yield losses.tolist(), *numbers, random.choice([0.0, 0.05, 0.2, 0.3])
 
 
-def test_loss_valley_by_hand():
-    """Falls, rests, rises: averaged from the valley's first segment until six losses in a row exceed the threshold."""
-    losses = [3, 2, 1, 1.1, 1.2, 1.0, 2, 2, 2, 2, 2, 2, 2]
-    values = np.repeat(np.arange(13.0), 3)
-    rule, end = run_swad(losses, values, swad_converge=3, swad_tolerance=6, swad_ratio=0.3)
-    assert rule.threshold == pytest.approx(1.1 * 1.3) and end == 11  # losses 6..11 are the first six above it
-    assert rule.averaged_weights(final=True)["weight"][0, 0].item() == pytest.approx(np.mean([2, 3, 4, 5]))
+SIMULATORS = {"released": released, "paper": paper}
+
+
+@pytest.mark.parametrize("valley", SIMULATORS)
+def test_which_segments_are_averaged_and_how_often(valley):
+    """Of 300 curves; the weights of segment i are the i-th unit vector, so that the average shows the share of each."""
+    kinds = set()
+    for losses, converge, tolerance, ratio in curves(300):
+        rule = SWAD(0, valley, converge, tolerance, ratio)
+        chosen, end = SIMULATORS[valley](losses, converge, tolerance, ratio)
+        for i, loss in enumerate(losses):
+            one_hot = nn.Linear(len(losses), 1, bias=False).double()
+            one_hot.weight.data = torch.eye(len(losses), dtype=torch.float64)[i : i + 1]
+            rule.update(one_hot, i)
+            rule.end_segment(i, loss)
+            assert len(rule.last) <= max(converge, tolerance)
+            if rule.finished:
+                break
+        assert (i if rule.finished else None) == end
+        share = rule.averaged_weights(final=True)["weight"][0].numpy()
+        expected = np.bincount(chosen, minlength=len(losses)) / len(chosen)
+        np.testing.assert_allclose(share, expected, atol=1e-12, err_msg=f"{losses} {converge} {tolerance} {ratio}")
+        kinds.add(
+            (np.sign(tolerance - converge), rule.threshold is None, rule.finished, len(set(chosen)) < len(chosen))
+        )
+    assert {kind[:3] for kind in kinds} >= {(sign, *rest) for sign in (-1, 0, 1) for rest in ((True, False),
+            (False, False), (False, True))}  # fmt: skip
+    assert any(kind[3] for kind in kinds) == (valley == "released")
+
+
+@pytest.mark.parametrize("valley", SIMULATORS)
+def test_a_valley_that_ends_as_it_begins_is_its_first_segment(valley):
+    """The mean of three losses of .7 is less than .7 in floating point, so that they lie above their own threshold."""
+    numbers = {"swad_valley": valley, "swad_converge": 3, "swad_tolerance": 4, "swad_ratio": 0.0}
+    rule, end = run_swad([0.8, *[0.7] * 5], np.arange(18.0), **numbers)
+    assert rule.threshold < 0.7 and end == 4
+    assert rule.averaged_weights(final=True)["weight"][0, 0].item() == 4  # of steps 3, 4 and 5
+
+
+def test_valleys_by_hand():
+    """Falls, rests, rises: until six losses in a row exceed the threshold. The released code begins a segment early."""
+    losses = [3, 2, 1.4, 1, 1.1, 1.2, 1.0, 2, 2, 2, 2, 2, 2, 2]
+    values = np.repeat(np.arange(14.0), 3)
+    for valley, segments in (("paper", [3, 4, 5, 6]), ("released", [3, 3, 4, 5, 6])):
+        rule, end = run_swad(losses, values, swad_valley=valley, swad_converge=3, swad_tolerance=6, swad_ratio=0.3)
+        assert rule.threshold == pytest.approx(1.1 * 1.3) and end == 12  # losses 7..12 are the first six above it
+        assert rule.averaged_weights(final=True)["weight"][0, 0].item() == pytest.approx(np.mean(segments))
 
 
 def test_swad_restarts_at_the_switch_and_cannot_end_a_run_before_it():
@@ -136,6 +200,9 @@ RULES = {
     "none": AveragingRule,
     "sma": lambda: SMA(average_start=2),
     "swad": lambda: SWAD(average_start=0, swad_converge=2, swad_tolerance=3, swad_ratio=0.3),
+    "swad, paper": lambda: SWAD(
+        average_start=0, swad_valley="paper", swad_converge=2, swad_tolerance=3, swad_ratio=0.3
+    ),
 }
 
 

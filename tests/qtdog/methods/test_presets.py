@@ -101,6 +101,8 @@ def test_trains_and_resumes_bit_for_bit(digits_dir, tmp_path, monkeypatch, metho
     assert f"averaging {averaging}" in (whole / "out.txt").read_text()
     if averaging == "swad":
         assert card.selected_step == records[-1]["step"] and "the end of the run" in card.selection
+        assert "SWAD's valley as in the released code" in card.selection
+        assert card.selection in (whole / "out.txt").read_text()
         assert not any(r["averaged"] for r in records[:-1])
     if averaging == "sma":
         first = 2 if method == "sma" else 3
