@@ -24,14 +24,15 @@ _SWAD: dict[str, dict[str, Any]] = {
     "VLCS": {"checkpoint_freq": 50, "swad_ratio": 0.2},
     "DomainNet": {"checkpoint_freq": 500},
 }
-# SAGM's paper. DropOut and rates are of its pictures; digits keep their protocol's.
+# SAGM's paper and its published commands. DropOut and rates are of its pictures; digits keep their protocol's.
 _SAGM: dict[str, dict[str, Any]] = {
-    "pictures": {"dropout": 0.5, "lr": 1e-5, "weight_decay": 1e-4},
+    "pictures": {"dropout": 0.5, "lr": 1e-5, "weight_decay": 1e-4, "checkpoint_freq": 100},
     "PACS": {"lr": 3e-5},
     "OfficeHome": {"alpha": 5e-4},
     "DomainNet": {"lr": 3e-5, "alpha": 5e-4, "weight_decay": 1e-6},
 }
-# GAQAT and its baselines quantize weights and inputs from the start, with one scale a tensor.
+# GAQAT and its baselines quantize weights and inputs from the start, with one scale a tensor. Those that are built on
+# SAGM train, and are evaluated, as SAGM is.
 _W4A4 = {"switch_step": 0, "weight_bits": 4, "act_bits": 4, "first_last_bits": 8, "granularity": "tensor"}
 _LSQ: dict[str, dict[str, Any]] = {"all": _W4A4}
 _LSQ_SAGM = {**_SAGM, "all": _W4A4}
@@ -194,7 +195,7 @@ def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
     name = composed(config)
     chosen, preset = find_method(name), preset_of(name, config.dataset)
     if config.hparams_seed > 0:
-        drawn = random_hparams(config.dataset, config.hparams_seed, config.trial_seed)
+        drawn = random_hparams(config.dataset, chosen.loss, config.hparams_seed, config.trial_seed)
         preset |= {**drawn, "scale_lr": preset["scale_lr"] * drawn["lr"] / preset["lr"]}  # the ratio to lr stays
     value = {name: preset[name] if (own := given(config, name)) is None else own for name in preset}
     options = chosen.options()

@@ -96,6 +96,8 @@ class Trainer:
         for told in self.image_list.copies(self.target, [dataset.domains[env].name for env in self.sources]):
             self.log(told)
         self.train_parts = [parts[f"env{env}_in"] for env in self.sources]
+        # An epoch is DomainBed's: of the smallest `in` part of all domains, the target's among them.
+        self.epoch_images = min(len(parts[f"env{env}_in"].indices) for env in range(len(dataset.domains)))
         self.images = evaluation_images(run, dataset, parts, workers)
         channels = dataset.image_shape[0]
         size = dataset.image_shape[-1]
@@ -247,12 +249,11 @@ class Trainer:
         """Evaluate after the update of `step`, keep the model if it is the best so far, and write it all down."""
         began = time.perf_counter()
         evaluated = self.evaluate(step)
-        smallest = min(len(part.indices) for part in self.train_parts)
         quantization = self.run.quantization
         quantized = quantization is not None and quantization.makes_codes and may_be_selected(self.run, step)
         record = {
             "step": step,
-            "epoch": step * self.run.batch_size / smallest,
+            "epoch": step / (self.epoch_images / self.run.batch_size),
             "loss": loss,
             "step_time": step_time,
             "eval_time": time.perf_counter() - began,

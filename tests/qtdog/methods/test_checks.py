@@ -9,7 +9,7 @@ from qtdog.config import TrainConfig
 from qtdog.errors import UserError
 from qtdog.methods.checks import check_minibatch, remarks
 from qtdog.methods.method import rule_numbers
-from qtdog.methods.presets import METHODS, find_method, settle
+from qtdog.methods.presets import METHODS, find_method, seeds_of, settle
 from qtdog.training import sweep
 
 
@@ -119,3 +119,26 @@ def test_the_log_says_what_a_run_comes_to(digits_dir, tmp_path):
     assert main(arguments) == 0
     log = (tmp_path / "RotatedMNIST" / "sam" / "0" / "trial0_seed0" / "out.txt").read_text()
     assert "with these numbers the step sam is the step plain" in log
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"steps": 300}, "never reaches: give --switch-step .*120"),
+        ({"steps": 0}, "--steps must be greater than 0"),
+        ({"lr": -1.0}, "--lr must be greater"),
+        ({"seeds": [-1]}, "--seed must not be negative"),
+        ({"holdout_fraction": 1.0}, "--holdout-fraction"),
+        ({"eval_train_images": 0}, "--eval-train-images"),
+        ({"backbone": "resnet18"}, "--backbone resnet18 does not take RotatedMNIST"),
+        ({"dataset": "folder", "backbone": "MNIST_CNN"}, "MNIST_CNN does not take folder"),
+        ({"dropout": 0.5}, "--dropout has no meaning for MNIST_CNN"),
+        ({"weight_bits": 9}, "--weight-bits must be 2 to 8"),
+        ({"scale_lr": -1.0}, "--scale-lr"),
+        ({"method": "erm", "weight_bits": 7}, "--weight-bits has no meaning for method erm"),
+    ],
+)
+def test_settings_that_make_no_sense(given, told):
+    config = TrainConfig(**given)
+    with pytest.raises(UserError, match=told):
+        settle(config, test_env=0, seed=seeds_of(config)[0])

@@ -1,6 +1,7 @@
 """Every preset trains through the command line, resumes bit for bit, and says what it is made of."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import qkernels as qk
 from qtdog import load_model
 from qtdog.cli import main
-from qtdog.config import INQ_FRACTIONS, TrainConfig
+from qtdog.config import INQ_FRACTIONS, RunConfig, TrainConfig
 from qtdog.errors import UserError
 from qtdog.files import parse_records, read_records
 from qtdog.methods.presets import (
@@ -219,7 +220,8 @@ def test_numbers_of_the_papers():
         for method in ("sagm", "lsq+sagm", "gaqat"):
             run = settled(method, dataset)
             assert (run.lr, run.step["alpha"], run.step["rho"], run.weight_decay) == (lr, alpha, 0.05, decay)
-            assert run.dropout == 0.5
+            assert (run.dropout, run.checkpoint_freq) == (0.5, 100)
+    assert settled("fqat", "DomainNet").checkpoint_freq == 100 and settled("lsq", "DomainNet").checkpoint_freq == 1000
     assert settled("sagm", "RotatedMNIST").lr == 1e-3 and settled("sagm", "RotatedMNIST").dropout == 0
     assert [settled("gaqat", d).step["disorder_window"] for d in ("PACS", "DomainNet")] == [350, 2111]
     assert settled("fqat", "PACS").step["freeze_granularity"] == "layer"
@@ -238,6 +240,18 @@ def test_numbers_of_the_papers():
     assert settled("coral", "PACS").loss == {"coral_weight": 1.0}
     assert settled("mixstyle", "PACS").loss == {"mixstyle_p": 0.5, "mixstyle_alpha": 0.1}
     assert settled("qtdog-inq", "PACS").quantization.quantizer == "inq"
+
+
+def test_settings_come_from_presets_unless_given():
+    run = settle(TrainConfig(dataset="folder"), test_env=1, seed=4)
+    assert (run.steps, run.checkpoint_freq, run.batch_size, run.lr) == (5001, 300, 32, 5e-5)
+    assert run.quantization.switch_step == 2000 and run.quantization.weight_bits == 7 and run.freeze_bn
+    assert run.backbone == "resnet50.tv_in1k" and run.weights == "timm" and changed_from_preset(run) == {}
+    digits = settle(TrainConfig(steps=10, switch_step=3, lr=0.5, method="qtdog"), test_env=0, seed=0)
+    assert (digits.batch_size, digits.checkpoint_freq, digits.backbone) == (64, 100, "MNIST_CNN")
+    assert changed_from_preset(digits) == {"steps": 10, "lr": 0.5, "switch_step": 3}
+    assert settle(TrainConfig(method="erm"), 0, 0).quantization is None
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 
 def test_ensembles_are_several_seeds_of_a_method():

@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,21 @@ def arguments(digits_dir, output, *more):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "hparams_seed", "trial_seed", "drawn"),
+    ("dataset", "hparams_seed", "trial_seed", "drawn", "mmd_gamma"),
     [  # printed by DomainBed's own random_hparams, seeded with seed_hash(hparams_seed, trial_seed) as its train.py does
-        ("PACS", 1, 0, (2.7028930742148706e-05, 0.00044832883881609976, 39, 0.5)),
-        ("DomainNet", 2, 1, (0.0002692684204277505, 3.539788355410888e-06, 15, 0.5)),
-        ("RotatedMNIST", 3, 2, (9.376027078720673e-05, 0.0, 114, 0.0)),
+        ("PACS", 1, 0, (2.7028930742148706e-05, 0.00044832883881609976, 39, 0.5), 1.4227570299330277),
+        ("DomainNet", 2, 1, (0.0002692684204277505, 3.539788355410888e-06, 15, 0.5), 0.17339913420118555),
+        ("RotatedMNIST", 3, 2, (9.376027078720673e-05, 0.0, 114, 0.0), 1.3558814959381456),
+        ("VLCS", 5, 1, (4.057057661309337e-05, 4.206907223916248e-05, 33, 0.1), 0.4840982765873347),
     ],
 )
-def test_random_hyper_parameters_are_domainbeds(dataset, hparams_seed, trial_seed, drawn):
-    found = random_hparams(dataset, hparams_seed, trial_seed)
+def test_random_hyper_parameters_are_domainbeds(dataset, hparams_seed, trial_seed, drawn, mmd_gamma):
+    found = random_hparams(dataset, "erm", hparams_seed, trial_seed)
+    assert random_hparams(dataset, "coral", hparams_seed, trial_seed) == {**found, "coral_weight": mmd_gamma}
+    for method in ("coral", "coral+qtdog"):
+        coral = TrainConfig(dataset=dataset, hparams_seed=hparams_seed, trial_seed=trial_seed, method=method)
+        assert settle(coral, 0, 0).loss == {"coral_weight": mmd_gamma}
+        assert settle(replace(coral, numbers={"coral_weight": 2.0}), 0, 0).loss == {"coral_weight": 2.0}
     assert (found["lr"], found["weight_decay"], found["batch_size"], found["dropout"]) == drawn
     config = TrainConfig(dataset=dataset, hparams_seed=hparams_seed, trial_seed=trial_seed, method="qtdog")
     run, preset = settle(config, 0, 0), settle(TrainConfig(dataset=dataset, method="qtdog"), 0, 0)

@@ -17,11 +17,11 @@ from torch import nn
 import qkernels as qk
 from qtdog import load_model
 from qtdog.cli import main
-from qtdog.config import Quantization, RunConfig, TrainConfig
+from qtdog.config import Quantization
 from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.methods.algorithms import ERM, LOSSES
-from qtdog.methods.presets import METHODS, changed_from_preset, seeds_of, settle
+from qtdog.methods.presets import METHODS
 from qtdog.methods.steps import Plain
 from qtdog.models import DIGIT_NETWORKS, MNIST_CNN
 from qtdog.results.runs import checkpoint_records, read_card
@@ -112,6 +112,24 @@ def test_run_folder_holds_what_it_should(trained):
     assert "method preset qtdog" in out and "changed steps=9" in out and "environment: qtdog" in out
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 8 and "conv1.weight_scale" in checkpoint["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("smallest", "images"), [("dark", 6), ("bright", 8)])
+def test_an_epoch_is_that_of_the_smallest_domain_be_it_the_target(pictures, tmp_path, smallest, images):
+    """The target is dark; a domain has 20 pictures or fewer. DomainBed divides by the least of all in parts."""
+    data = shutil.copytree(pictures, tmp_path / "data")
+    for place in (data / smallest).iterdir():
+        for file in sorted(place.iterdir())[images // 2 :]:
+            file.unlink()
+    arguments = ["train", "--dataset", "folder", "--data-dir", str(data), "--backbone", "test_resnet", "--weights",
+                 "none", "--image-size", "16", "--test-envs", "dark", "--device", "cpu", "--steps", "4",
+                 "--method", "erm", "--checkpoint-freq", "3", "--batch-size", "2", "--num-workers", "0",
+                 "--output-dir", str(tmp_path / "runs")]  # fmt: skip
+    assert main(arguments) == 0
+    rows = records(tmp_path / "runs" / "data" / "erm" / "dark" / "trial0_seed0")
+    inner = images - int(images * 0.2)
+    assert [row["epoch"] for row in rows] == [0, 3 / (inner / 2)]
 
 
 def test_selected_model_is_the_best_quantized_one(trained):
@@ -411,38 +429,3 @@ def test_callers_random_state_is_untouched(digits_dir, tmp_path):
     before = torch.get_rng_state()
     assert main(quick(digits_dir, tmp_path, "--steps", "1")) == 0
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_settings_come_from_presets_unless_given():
-    run = settle(TrainConfig(dataset="folder"), test_env=1, seed=4)
-    assert (run.steps, run.checkpoint_freq, run.batch_size, run.lr) == (5001, 300, 32, 5e-5)
-    assert run.quantization.switch_step == 2000 and run.quantization.weight_bits == 7 and run.freeze_bn
-    assert run.backbone == "resnet50.tv_in1k" and run.weights == "timm" and changed_from_preset(run) == {}
-    digits = settle(TrainConfig(steps=10, switch_step=3, lr=0.5, method="qtdog"), test_env=0, seed=0)
-    assert (digits.batch_size, digits.checkpoint_freq, digits.backbone) == (64, 100, "MNIST_CNN")
-    assert changed_from_preset(digits) == {"steps": 10, "lr": 0.5, "switch_step": 3}
-    assert settle(TrainConfig(method="erm"), 0, 0).quantization is None
-    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"steps": 300}, "never reaches: give --switch-step .*120"),
-        ({"steps": 0}, "--steps must be greater than 0"),
-        ({"lr": -1.0}, "--lr must be greater"),
-        ({"seeds": [-1]}, "--seed must not be negative"),
-        ({"holdout_fraction": 1.0}, "--holdout-fraction"),
-        ({"eval_train_images": 0}, "--eval-train-images"),
-        ({"backbone": "resnet18"}, "--backbone resnet18 does not take RotatedMNIST"),
-        ({"dataset": "folder", "backbone": "MNIST_CNN"}, "MNIST_CNN does not take folder"),
-        ({"dropout": 0.5}, "--dropout has no meaning for MNIST_CNN"),
-        ({"weight_bits": 9}, "--weight-bits must be 2 to 8"),
-        ({"scale_lr": -1.0}, "--scale-lr"),
-        ({"method": "erm", "weight_bits": 7}, "--weight-bits has no meaning for method erm"),
-    ],
-)
-def test_settings_that_make_no_sense(given, told):
-    config = TrainConfig(**given)
-    with pytest.raises(UserError, match=told):
-        settle(config, test_env=0, seed=seeds_of(config)[0])
