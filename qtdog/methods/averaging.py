@@ -62,8 +62,8 @@ class AveragingRule:
     def end_segment(self, step: int, loss: float) -> None:
         """At each checkpoint, with the mean loss of the model as trained on the sources' validation images."""
 
-    def averaged_weights(self, final: bool) -> Weights | None:
-        """The weights to evaluate at a checkpoint, the run's `final` one or not; None: the model as trained."""
+    def averaged_weights(self) -> Weights | None:
+        """What it would answer if the run ended at this checkpoint; None: the model as trained."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class SMA(FromStart):
         if step >= self.average_start:
             self.mean.add(dict(model.named_parameters()))
 
-    def averaged_weights(self, final: bool) -> Weights | None:
+    def averaged_weights(self) -> Weights | None:
         return self.mean.weights or None
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,9 +221,7 @@ class SWAD(FromStart):
         for _, weights in early:
             self.average.add(weights)
 
-    def averaged_weights(self, final: bool) -> Weights | None:
-        if not final:
-            return None
+    def averaged_weights(self) -> Weights | None:
         if self.threshold is None:
             return self.last[-1][1] if self.last else None
         average = Mean()

@@ -222,7 +222,7 @@ class Trainer:
             averaging.end_segment(step, sum(losses) / len(losses))
         final = step == run.steps - 1 or averaging.finished
         selectable = may_be_selected(run, step) and (final or not averaging.final_only)
-        weights = averaging.averaged_weights(final)
+        weights = averaging.averaged_weights()
         with holding(self.model, weights, None if run.freeze_bn else self.statistics_images()):
             measured = self.measure()
             validation = mean_out_accuracy(measured, self.sources)

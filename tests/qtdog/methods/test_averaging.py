@@ -31,7 +31,7 @@ def test_sma_averages_from_its_start():
     rule = SMA(average_start=3)
     for step in range(10):
         rule.update(model_of(step**2), step)
-        weights = rule.averaged_weights(final=False)
+        weights = rule.averaged_weights()
         if step < 3:
             assert weights is None
         else:
@@ -99,7 +99,7 @@ def run_swad(losses, values, start=0, freq=3, **numbers):
             step = segment * freq + k
             rule.update(model_of(values[step]), step)
         rule.end_segment(step, loss)
-        assert rule.averaged_weights(final=False) is None
+        assert rule.averaged_weights() is not None or step < start  # asking changes nothing of what comes
         if rule.finished:
             end = segment
             break
@@ -138,7 +138,7 @@ def test_which_segments_are_averaged_and_how_often(valley):
             if rule.finished:
                 break
         assert (i if rule.finished else None) == end
-        share = rule.averaged_weights(final=True)["weight"][0].numpy()
+        share = rule.averaged_weights()["weight"][0].numpy()
         expected = np.bincount(chosen, minlength=len(losses)) / len(chosen)
         np.testing.assert_allclose(share, expected, atol=1e-12, err_msg=f"{losses} {converge} {tolerance} {ratio}")
         kinds.add(
@@ -155,7 +155,7 @@ def test_a_valley_that_ends_as_it_begins_is_its_first_segment(valley):
     numbers = {"swad_valley": valley, "swad_converge": 3, "swad_tolerance": 4, "swad_ratio": 0.0}
     rule, end = run_swad([0.8, *[0.7] * 5], np.arange(18.0), **numbers)
     assert rule.threshold < 0.7 and end == 4
-    assert rule.averaged_weights(final=True)["weight"][0, 0].item() == 4  # of steps 3, 4 and 5
+    assert rule.averaged_weights()["weight"][0, 0].item() == 4  # of steps 3, 4 and 5
 
 
 def test_valleys_by_hand():
@@ -165,7 +165,7 @@ def test_valleys_by_hand():
     for valley, segments in (("paper", [3, 4, 5, 6]), ("released", [3, 3, 4, 5, 6])):
         rule, end = run_swad(losses, values, swad_valley=valley, swad_converge=3, swad_tolerance=6, swad_ratio=0.3)
         assert rule.threshold == pytest.approx(1.1 * 1.3) and end == 12  # losses 7..12 are the first six above it
-        assert rule.averaged_weights(final=True)["weight"][0, 0].item() == pytest.approx(np.mean(segments))
+        assert rule.averaged_weights()["weight"][0, 0].item() == pytest.approx(np.mean(segments))
 
 
 def test_swad_restarts_at_the_switch_and_cannot_end_a_run_before_it():
@@ -178,7 +178,7 @@ def test_swad_restarts_at_the_switch_and_cannot_end_a_run_before_it():
     rule, end = run_swad(early + late, values, start=18, **numbers)
     fresh, fresh_end = run_swad(late, values[18:], **numbers)
     assert end is None and fresh_end is None
-    assert torch.equal(rule.averaged_weights(True)["weight"], fresh.averaged_weights(True)["weight"])
+    assert torch.equal(rule.averaged_weights()["weight"], fresh.averaged_weights()["weight"])
 
 
 def test_a_switch_within_a_segment_counts_only_what_is_after_it():
@@ -186,14 +186,14 @@ def test_a_switch_within_a_segment_counts_only_what_is_after_it():
     for step in range(4):
         rule.update(model_of(step), step)
     rule.end_segment(3, 1.0)
-    assert rule.averaged_weights(final=True)["weight"][0, 0].item() == 2.5
+    assert rule.averaged_weights()["weight"][0, 0].item() == 2.5
 
 
 def test_swad_without_a_valley_is_its_last_segment():
     rule, _ = run_swad([3.0, 2.0, 1.0], np.arange(9.0), swad_converge=3, swad_tolerance=6, swad_ratio=0.3)
-    assert rule.averaged_weights(final=True)["weight"][0, 0].item() == 7
+    assert rule.averaged_weights()["weight"][0, 0].item() == 7
     nothing = SWAD(average_start=5, swad_converge=3, swad_tolerance=6, swad_ratio=0.3)
-    assert nothing.averaged_weights(final=True) is None
+    assert nothing.averaged_weights() is None
 
 
 RULES = {
@@ -226,7 +226,7 @@ def test_state_continues_bit_for_bit(name):
     resumed = RULES[name]()
     resumed.load_state_dict(torch.load(buffer, weights_only=True), torch.device("cpu"))
     go(resumed, range(5, 8))
-    one, two = whole.averaged_weights(True), resumed.averaged_weights(True)
+    one, two = whole.averaged_weights(), resumed.averaged_weights()
     assert (one is None) == (two is None) == (name == "none")
     assert one is None or torch.equal(one["weight"], two["weight"])
     assert whole.finished == resumed.finished
@@ -255,7 +255,7 @@ def test_averaged_model_is_quantize_of_the_mean_latent():
         scales.append(model[0].weight_scale.detach().clone().double())
     model.eval()
     expected_output, before = model(x), {k: v.clone() for k, v in model.state_dict().items()}
-    with holding(model, rule.averaged_weights(final=True)):
+    with holding(model, rule.averaged_weights()):
         w, s = torch.stack(latents).mean(0), torch.stack(scales).mean(0)
         expected = (w / s).clamp(-4, 3).round() * s
         torch.testing.assert_close(model[0].quantized_weight().double(), expected, rtol=1e-5, atol=1e-7)
