@@ -5,11 +5,13 @@ the same; `Benchmark.spellings` has the other names that are about. Whatever the
 numbered in the lexicographic order of DomainBed's names.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from qtdog.data.benchmarks import BENCHMARKS, Benchmark
-from qtdog.data.folders import ImageFiles, count, existing_folder, listed, listed_images, subfolders
+from qtdog.data.folders import ImageFiles, count, existing_folder
+from qtdog.data.listing import TWICE, class_folders, composed, domain_folders, folders_in, listed_images
+from qtdog.data.problems import Problems, some
 from qtdog.errors import UserError
 
 DUPLICATES = "domain_net_duplicates.txt"
@@ -20,24 +22,30 @@ def benchmark_files(name: str, root: str | None, log: Callable[[str], None] = pr
     """The images of the benchmark `name`; `root` is the folder it lies in, or its own.
 
     Raises:
-        UserError: for a stray folder or file, a missing domain, a missing or extra class, or an empty file, naming it
-            and what was expected. Files beside the domain folders (archives, lists) are left alone.
+        UserError: naming all stray folders and files, missing domains, missing and extra classes, broken links and
+            empty files, and what was expected. Files and folders of files beside the domain folders (archives, lists)
+            are left alone.
     """
     benchmark = BENCHMARKS[name]
     base = located(name, root)
+    problems = Problems()
     duplicates = listed_duplicates(base) if name == "DomainNet" else set()
+    folders, _ = domain_folders(base, problems)
     found: dict[str, dict[str, list[Path]]] = {}
     removed = 0
-    for domain, domain_folder in matched(base, folders_in(base), "domain", list(benchmark.images), benchmark).items():
+    for domain, folder in matched(base, [folders], "domain", list(benchmark.images), benchmark, problems).items():
+        parts = class_folders(folder[0], problems)
+        by_class = matched(folder[0], parts, "class", benchmark.classes, benchmark, problems)
         found[domain] = {}
-        inside = subfolders(domain_folder, "class")
-        for label, folder in matched(domain_folder, inside, "class", benchmark.classes, benchmark).items():
-            images = listed_images(folder)
+        for label, places in by_class.items():
+            images = [path for place in places for path in listed_images(place, problems)]
             found[domain][label] = [path for path in images if (domain, label, path.name) not in duplicates]
             removed += len(images) - len(found[domain][label])
-            if not found[domain][label]:
-                raise UserError(f"{folder} holds no images: {name} has some of every class in every domain")
-        log(f"  domain {len(found) - 1} {domain}: {count(found[domain]):,} images")
+            if not images:
+                problems.add(f"class folders that hold no images, of which {name} has some in every domain", places[0])
+    problems.refuse(f"{name} under {base}")
+    for env, (domain, files) in enumerate(found.items()):
+        log(f"  domain {env} {domain}: {count(files):,} images")
     total, expected = sum(map(count, found.values())), sum(benchmark.images.values())
     notes = [f"{name}, {total:,} images under {base}"]
     if name == "DomainNet":
@@ -48,45 +56,66 @@ def benchmark_files(name: str, root: str | None, log: Callable[[str], None] = pr
 
 
 def located(name: str, root: str | None) -> Path:
-    """The folder of the domains: `root`, a subfolder that goes by the data set's name, or `images` in one of these."""
+    """The folder of the domains: `root`, a folder that goes by the data set's name, or what holds them in one of these.
+
+    Folders of other names in `root` count if they hold most of the domains: archives are unpacked anywhere.
+    """
     benchmark = BENCHMARKS[name]
     base = existing_folder(name, root, f"ROOT/{benchmark.folder}/<domain>/<class>/<image>")
     names, domains = spelled([name, benchmark.folder], benchmark), spelled(benchmark.images, benchmark)
-    named = [folder for folder in folders_in(base) if simple(folder.name) in names]
-    for place in (base, *sorted(named, key=lambda folder: folder.name != benchmark.folder)):
-        for candidate in (place, place / "images"):
-            if candidate.is_dir() and any(simple(folder.name) in domains for folder in folders_in(candidate)):
-                return candidate
+
+    def domains_of(folder: Path) -> int:
+        return len({domains.get(simple(inside.name)) for inside in folders_in(folder)} - {None})
+
+    own = [folder for folder in folders_in(base) if simple(folder.name) in names]
+    own.sort(key=lambda folder: folder.name != benchmark.folder)
+    places = [base, *(inside for folder in own for inside in within(folder, 2, domains_of))]
+    places += [place for place in within(base, 2, domains_of) if 2 * domains_of(place) >= len(benchmark.images)]
+    best = max(places, key=domains_of)  # the first of those that have as many
+    if domains_of(best):
+        return best
     raise UserError(
         f"no {name} under {base}: expected {benchmark.folder}/ with the domains {', '.join(benchmark.images)}, "
         "or --data-dir of the folder that holds these"
     )
 
 
+def within(folder: Path, depth: int, domains_of: Callable[[Path], int]) -> Iterator[Path]:
+    """`folder` and those in it, `depth` levels down, but not what is in a folder of domains."""
+    yield folder
+    if depth and not domains_of(folder):
+        for inside in folders_in(folder):
+            yield from within(inside, depth - 1, domains_of)
+
+
 def matched(
-    parent: Path, folders: Iterable[Path], kind: str, expected: list[str], benchmark: Benchmark
-) -> dict[str, Path]:
-    """The folders by DomainBed's names, in the order of `expected`: each of these once and nothing else."""
-    names = ": " + ", ".join(expected) if len(expected) <= 10 else ""
-    wanted = f"{parent} must hold the {len(expected)} {PLURAL[kind]} of {benchmark.folder}{names}"
+    parent: Path,
+    parts: list[list[Path]],
+    kind: str,
+    expected: list[str],
+    benchmark: Benchmark,
+    problems: Problems,
+) -> dict[str, list[Path]]:
+    """The folders by DomainBed's names, in the order of `expected`; each must be there, and no other."""
+    names = f": {', '.join(expected)}" if len(expected) <= 10 else ""
+    wanted = f"{benchmark.folder} has {len(expected)} {PLURAL[kind]}{names}"
     known = spelled(expected, benchmark)
-    found: dict[str, Path] = {}
-    for folder in folders:
-        name = known.get(simple(folder.name))
-        if name is None:
-            raise UserError(f"stray folder {folder}, move it away: {wanted}")
-        if name in found:
-            raise UserError(f"{found[name]} and {folder} are both {name}: {wanted}")
-        found[name] = folder
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise UserError(f"{parent} lacks the {kind} {', '.join(missing)}: {wanted}")
-    return {name: found[name] for name in expected}
-
-
-def folders_in(parent: Path) -> list[Path]:
-    """The folders in `parent`, files aside."""
-    return [Path(entry.path) for entry in listed(parent) if entry.is_dir()]
+    found: dict[str, list[Path]] = {name: [] for name in expected}
+    for folders in parts:
+        here: dict[str, Path] = {}
+        for folder in folders:
+            name = known.get(simple(folder.name))
+            if name is None:
+                problems.add(f"stray folders, move them away ({wanted})", folder)
+            elif name in here:
+                problems.add(TWICE.format(kind=kind), f"{here[name]} and {folder} are both {name}")
+            else:
+                here[name] = folder
+                found[name].append(folder)
+    if missing := [name for name in expected if not found[name]]:
+        where = parent if kind == "domain" else f"{parent.name}"
+        problems.add(f"{PLURAL[kind]} that are missing, bring them back ({wanted})", f"{some(missing)} in {where}")
+    return {name: places for name, places in found.items() if places}
 
 
 def spelled(names: Iterable[str], benchmark: Benchmark) -> dict[str, str]:
@@ -96,7 +125,7 @@ def spelled(names: Iterable[str], benchmark: Benchmark) -> dict[str, str]:
 
 def simple(name: str) -> str:
     """Letters and digits only, in lower case."""
-    return "".join(filter(str.isalnum, name.lower()))
+    return "".join(filter(str.isalnum, composed(name).lower()))
 
 
 def listed_duplicates(base: Path) -> set[tuple[str, str, str]]:

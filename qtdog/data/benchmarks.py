@@ -86,7 +86,10 @@ BENCHMARKS = {
         "VLCS",
         {"Caltech101": 1415, "LabelMe": 2656, "SUN09": 3282, "VOC2007": 3376},
         "bird car chair dog person",
-        spellings={"Caltech101": ["caltech"], "SUN09": ["sun"], "VOC2007": ["voc", "pascal"]},
+        spellings={
+            **{"Caltech101": ["caltech"], "SUN09": ["sun"], "VOC2007": ["voc", "pascal"]},
+            **{"bird": ["0"], "car": ["1"], "chair": ["2"], "dog": ["3"], "person": ["4"]},
+        },
     ),
     "OfficeHome": Benchmark(
         "office_home",

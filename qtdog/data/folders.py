@@ -1,13 +1,25 @@
 """Any `<root>/<domain>/<class>/<image>` folder."""
 
-import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtdog.data.listing import (
+    are_parts,
+    class_folders,
+    composed,
+    domain_folders,
+    folders_in,
+    holds_lists,
+    listed,
+    listed_images,
+    named,
+)
+from qtdog.data.problems import Problems, some
 from qtdog.errors import UserError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+LAYOUT = "<root>/<domain>/<class>/<image>"
 
 
 @dataclass(frozen=True)
@@ -27,29 +39,95 @@ class ImageFiles:
 def folder_files(root: str | None, log: Callable[[str], None] = print) -> ImageFiles:
     """What lies under `root`; domains and classes in lexicographic order, images in torchvision's ImageFolder order.
 
-    Names that start with a dot, README or LICENSE are skipped; any other stray file or folder, an empty domain, an
-    empty image file and a class that one domain lacks are errors.
+    One folder that holds everything may lie between, also within a domain; the class folders may lie in `train`, `val`
+    and `test`, which are put together. Left alone are names that start with a dot, README or LICENSE, what systems
+    leave behind, and beside the domains files that are no images and folders of such files.
+
+    Raises:
+        UserError: naming all stray files and folders, broken links, empty domains and images, classes that a domain
+            lacks, and fewer than two domains or classes.
     """
-    base = existing_folder("folder", root, "ROOT/<domain>/<class>/<image>")
-    found = {}
-    for domain in subfolders(base, "domain"):
-        found[domain.name] = {
-            folder.name: images for folder in subfolders(domain, "class") if (images := listed_images(folder))
-        }
-        if not found[domain.name]:
-            raise UserError(f"the domain {domain} holds no images: fill it as <domain>/<class>/<image> or remove it")
-        log(f"  domain {len(found) - 1} {domain.name}: {count(found[domain.name]):,} images")
-    if len(found) < 2:
-        raise UserError(
-            f"{base} holds {len(found)} domain folder(s); at least 2 are needed: <root>/<domain>/<class>/<image>"
-        )
+    base = innermost(existing_folder("folder", root, "ROOT/<domain>/<class>/<image>"))
+    problems = Problems()
+    folders, left_alone = domain_folders(base, problems)
+    found: dict[str, dict[str, list[Path]]] = {}
+    for name, folder in named(folders, "domain", problems).items():
+        found[name] = images_by_class(folder, problems)
+        if not found[name]:
+            problems.add(f"domains that hold no images, fill them as {LAYOUT} or remove them", folder)
     classes = sorted(set().union(*found.values()))
-    lacking = {name: sorted(set(classes) - set(files)) for name, files in found.items()}
-    if any(lacking.values()):
-        parts = [f"{name} lacks {', '.join(missing)}" for name, missing in lacking.items() if missing]
-        raise UserError(f"domains of {base} do not share their classes: {'; '.join(parts)}")
+    found = {name: {label: files[label] for label in sorted(files)} for name, files in found.items()}
+    for kind, names in (("domain folders", list(found)), ("classes", classes)):
+        if len(names) < 2:
+            problems.add(f"at least 2 {kind} are needed ({LAYOUT}), there are {len(names)}", ", ".join(names) or "none")
+    check_classes(found, problems)
+    problems.refuse(f"the data set {base}")
+    if left_alone:
+        log(f"  left alone: {some(left_alone)}")
+    for env, (name, files) in enumerate(found.items()):
+        log(f"  domain {env} {name}: {count(files):,} images")
     total = sum(map(count, found.values()))
-    return ImageFiles(base.resolve().name, f"{total:,} images under {base}", classes, found)
+    return ImageFiles(composed(base.resolve().name), f"{total:,} images under {base}", classes, found)
+
+
+def innermost(base: Path) -> Path:
+    """The folder of the domains: `base`, or what it holds if that is one folder with everything in it."""
+    inside = [folder for folder in folders_in(base) if not holds_lists(folder)]
+    if len(inside) == 1:
+        domains = folders_in(inside[0])
+        if any(map(folders_in, domains)) and not are_parts(domains):
+            return innermost(inside[0])
+    return base
+
+
+def images_by_class(domain: Path, problems: Problems) -> dict[str, list[Path]]:
+    """The images of each class whose folder is not empty."""
+    found: dict[str, list[Path]] = {}
+    for part in class_folders(domain, problems):
+        for name, folder in named(part, "class", problems).items():
+            if listed(folder):
+                found.setdefault(name, []).extend(listed_images(folder, problems))
+    return found
+
+
+def check_classes(found: Mapping[str, Mapping[str, object]], problems: Problems) -> None:
+    """Note the classes that some domains have and others lack, and those among them that differ in spelling only."""
+    classes = sorted(set().union(*found.values()))
+    spellings = other_spellings(found)
+    for label in classes:
+        lacking = [name for name, files in found.items() if files and label not in files]
+        if lacking and label in spellings:
+            having = [name for name, files in found.items() if label in files]
+            problems.add("classes that domains spell in several ways, name them alike", f"{label} in {some(having)}")
+        elif lacking:
+            problems.add(
+                "classes that some domains lack, add or remove them, or list the images in a CSV file (--dataset csv), "
+                "where a domain may lack some",
+                f"{label} in {some(lacking)}",
+            )
+
+
+def other_spellings(found: Mapping[str, Mapping[str, object]]) -> set[str]:
+    """Classes of which other domains have one that differs in case, spaces, dashes and underscores alone.
+
+    Not where a domain has both: letters are classes, too.
+    """
+    by_spelling: dict[str, dict[str, None]] = {}
+    for files in found.values():
+        for label in files:
+            by_spelling.setdefault(spelling(label), {})[label] = None
+    several = [labels for labels in by_spelling.values() if len(labels) > 1]
+    return {
+        label
+        for labels in several
+        if not any(len(labels.keys() & files.keys()) > 1 for files in found.values())
+        for label in labels
+    }
+
+
+def spelling(label: str) -> str:
+    """What spellings of a name have in common."""
+    return re.sub(r"[\s_-]+", "", label.casefold()) or label
 
 
 def existing_folder(dataset: str, root: str | None, layout: str) -> Path:
@@ -61,35 +139,6 @@ def existing_folder(dataset: str, root: str | None, layout: str) -> Path:
     return Path(root)
 
 
-def count(classes: dict[str, list[Path]]) -> int:
+def count(classes: Mapping[str, list[Path]]) -> int:
     """Number of images of one domain."""
     return sum(map(len, classes.values()))
-
-
-def listed(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in `folder`, by name, but hidden files and those that document a data set."""
-    with os.scandir(folder) as entries:
-        kept = [entry for entry in entries if not entry.name.startswith((".", "README", "LICENSE"))]
-    return sorted(kept, key=lambda entry: entry.name)
-
-
-def subfolders(parent: Path, kind: str) -> list[Path]:
-    """The folders in `parent` by name; anything else there is a UserError."""
-    entries = listed(parent)
-    for entry in entries:
-        if not entry.is_dir():
-            raise UserError(f"stray file {entry.path}: {parent} may hold {kind} folders only; move it away")
-    return [Path(entry.path) for entry in entries]
-
-
-def listed_images(folder: Path) -> list[Path]:
-    """The images of one class of one domain, by name; anything else there, or an empty file, is a UserError."""
-    entries = listed(folder)
-    for entry in entries:
-        if entry.is_dir():
-            raise UserError(f"stray folder {entry.path}: {folder} may hold images only; move it away")
-        if Path(entry.name).suffix.lower() not in EXTENSIONS:
-            raise UserError(f"stray file {entry.path}: not an image ({', '.join(sorted(EXTENSIONS))}); move it away")
-        if entry.stat().st_size == 0:
-            raise UserError(f"{entry.path} is empty, an image was expected: replace or remove it")
-    return [Path(entry.path) for entry in entries]

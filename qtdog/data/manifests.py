@@ -10,11 +10,14 @@ tested on) or `out` (validation). Other columns are ignored.
 """
 
 import csv
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from qtdog.data.folders import ImageFiles, count
+from qtdog.data.folders import ImageFiles, count, other_spellings
+from qtdog.data.listing import composed
+from qtdog.data.problems import Problems
 from qtdog.errors import UserError
 
 COLUMNS = ("path", "label", "domain")
@@ -24,46 +27,58 @@ def manifest_files(manifest: str | None, log: Callable[[str], None] = print) -> 
     """The images that a CSV file lists; domains and classes in lexicographic order, a class's images in the file's.
 
     Raises:
-        UserError: for a missing column, an empty cell, another word than `in` and `out`, an image that is missing,
-            empty or listed twice, fewer than two domains or classes, and a domain without one of its parts; each with
-            its line.
+        UserError: for missing columns; or naming all lines with an empty cell, another word than `in` and `out`, an
+            image that is missing, empty or listed twice, and for fewer than two domains or classes, labels that domains
+            spell in several ways, and domains without one of their parts.
     """
     if manifest is None or not Path(manifest).is_file():
         given = f"{manifest} is not a file" if manifest else "nothing is given"
         raise UserError(f"--dataset csv needs --data-dir FILE.csv with the columns {', '.join(COLUMNS)}: {given}")
     file = Path(manifest)
-    rows = read_rows(file)
+    problems = Problems()
+    rows = read_rows(file, problems)
     found: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     lines: dict[Path, int] = {}
     out: set[Path] = set()
     for line, row in rows:
-        path = file.parent / row["path"]
+        path = existing(file.parent / row["path"])
         if path in lines:
-            raise UserError(f"{file}, line {line}: {path} stands in line {lines[path]}, too")
-        if not path.is_file() or path.stat().st_size == 0:
-            raise UserError(f"{file}, line {line}: {path} is {'empty' if path.is_file() else 'missing'}")
-        lines[path] = line
-        found[row["domain"]][row["label"]].append(path)
+            problems.add(
+                "images listed twice, leave one of the lines out", f"line {line}: {path} of line {lines[path]}"
+            )
+        elif not path.is_file():
+            missing = "leads nowhere" if path.is_symlink() else "is missing"
+            problems.add(
+                "images that are not there, bring them back or leave them out", f"line {line}: {path} {missing}"
+            )
+        elif path.stat().st_size == 0:
+            problems.add("images that are empty, replace them or leave them out", f"line {line}: {path}")
+        lines.setdefault(path, line)
+        found[composed(row["domain"])][composed(row["label"])].append(path)
         if row.get("split") == "out":
             out.add(path)
-    classes = sorted({row["label"] for _, row in rows})
-    for kind, names in (("domain", sorted(found)), ("label", classes)):
+    classes = sorted(set().union(*found.values()))
+    for kind, names in (("domains", sorted(found)), ("labels", classes)):
         if len(names) < 2:
-            raise UserError(f"{file} has {len(names)} {kind}(s), {', '.join(names)}: at least 2 are needed")
+            problems.add(f"at least 2 {kind} are needed, there are {len(names)}", ", ".join(names) or "none")
+    for label in sorted(other_spellings(found)):
+        domains = ", ".join(name for name, labels in found.items() if label in labels)
+        problems.add("labels that domains spell in several ways, write them alike", f"{label} in {domains}")
     files = {domain: {label: found[domain][label] for label in classes} for domain in sorted(found)}
+    for domain, labels in files.items():
+        held_out = sum(path in out for paths in labels.values() for path in paths)
+        if out and held_out in (0, count(labels)):
+            problems.add("domains without one of the parts `in` and `out`, which both are needed",
+                         f"{domain} has `{'out' if held_out else 'in'}` alone")  # fmt: skip
+    problems.refuse(file)
     for env, (domain, labels) in enumerate(files.items()):
         lacking = [label for label, paths in labels.items() if not paths]
         log(f"  domain {env} {domain}: {count(labels):,} images" + f", none of {', '.join(lacking)}" * bool(lacking))
-        held_out = sum(path in out for paths in labels.values() for path in paths)
-        if out and held_out in (0, count(labels)):
-            raise UserError(
-                f"{file}: all images of {domain} are `{'out' if held_out else 'in'}`, both parts are needed"
-            )
     return ImageFiles(file.stem, f"{len(rows):,} images that {file} lists", classes, files, out or None)
 
 
-def read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line number, cells by column) of every row, after checking that no cell is empty."""
+def read_rows(file: Path, problems: Problems) -> list[tuple[int, dict[str, str]]]:
+    """(line number, cells by column) of every row without an empty cell; the others are problems."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
             reader = csv.DictReader(text)
@@ -76,10 +91,23 @@ def read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
             rows = [(reader.line_num, row) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a CSV file in UTF-8: {error}") from error
+    whole = []
     for line, row in rows:
-        for name in COLUMNS:
-            if not row[name]:
-                raise UserError(f"{file}, line {line}: no {name}")
-        if "split" in columns and row["split"] not in ("in", "out"):
-            raise UserError(f"{file}, line {line}: split is `{row['split'] or ''}`, not `in` or `out`")
-    return rows
+        empty = [name for name in COLUMNS if not row[name]]
+        if empty:
+            problems.add("lines that lack something, fill it in", f"line {line}: no {' and no '.join(empty)}")
+        elif "split" in columns and row["split"] not in ("in", "out"):
+            problems.add(
+                "lines whose split is not `in` or `out`, write one of these", f"line {line}: `{row['split'] or ''}`"
+            )
+        else:
+            whole.append((line, row))
+    return whole
+
+
+def existing(path: Path) -> Path:
+    """The path, or if nothing is there what goes by the same letters: accents may be apart from them (NFD) or not."""
+    if path.is_file():
+        return path
+    forms = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
+    return next((each for each in forms if each.is_file()), path)

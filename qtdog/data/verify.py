@@ -1,21 +1,23 @@
 """`qtdog data verify`: is the data what it should be, and can every image be read?"""
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from tqdm import tqdm
 
 from qtdog.data import DIGITS, MNIST_DOMAINS, image_files
 from qtdog.data.benchmarks import BENCHMARKS
 from qtdog.data.folders import ImageFiles, count
-from qtdog.data.images import read_image
+from qtdog.data.images import read_picture, two_ranges
 from qtdog.environment import pick_workers
 from qtdog.errors import UserError
 from qtdog.log import Log
 
+T = TypeVar("T")
 MNIST_IMAGES = 70_000
 AT_ONCE = 1024  # images handed to the readers, so that a million of them need no million futures
 
@@ -90,31 +92,50 @@ def by_class(classes: list[str], counts: list[int]) -> str:
 
 
 def broken_images(found: ImageFiles, readers: int, log: Log) -> int:
-    """Decode every image and name those that cannot be; returns their number."""
+    """Decode every image, name those that cannot be, and count what was done to the others; returns the mistakes."""
     paths = [path for files in found.files.values() for images in files.values() for path in images]
-    mistakes = 0
+    domains = [domain for domain, files in found.files.items() for _ in range(count(files))]
+    mistakes, conversions = 0, Counter[str]()
+    ranges: dict[str, dict[int, tuple[int, Path]]] = defaultdict(dict)  # domain -> white -> images, one of them
     # Threads will do: Pillow lets go of Python's lock while it decodes.
     with ThreadPoolExecutor(max(1, readers)) as pool, tqdm(total=len(paths), desc="decoding", disable=None) as bar:
-        for some in chunks(paths, AT_ONCE):
-            for problem in pool.map(problem_with, some):
-                if problem:
-                    log(f"  WRONG: {problem}")
-                    mistakes += 1
+        for some in chunks(list(zip(domains, paths, strict=True)), AT_ONCE):
+            for (domain, path), outcome in zip(some, pool.map(decoded, some), strict=True):
                 bar.update()
-    log(f"  {sum(map(count, found.files.values())) - mistakes:,} of {len(paths):,} images can be decoded")
+                if isinstance(outcome, UserError):
+                    log(f"  WRONG: {outcome}")
+                    mistakes += 1
+                    continue
+                conversion, white = outcome
+                conversions[conversion] += 1
+                if white is not None:
+                    number, example = ranges[domain].get(white, (0, path))
+                    ranges[domain][white] = number + 1, example
+    log(f"  {len(paths) - mistakes:,} of {len(paths):,} images can be decoded")
+    for conversion, number in sorted(conversions.items()):
+        if conversion:
+            log(f"  converted to RGB of 8 bits: {number:,} images ({conversion})")
+    for domain, seen in ranges.items():
+        if len(seen) > 1:
+            log(f"  WRONG: {two_ranges(domain, {most: described(*images) for most, images in seen.items()})}")
+            mistakes += 1
     return mistakes
 
 
-def problem_with(path: Path) -> str:
-    """Why an image cannot be decoded, or nothing."""
+def described(number: int, example: Path) -> str:
+    return f"{number:,} such as {example}" if number > 1 else str(example)
+
+
+def decoded(image: tuple[str, Path]) -> tuple[str, int | None] | UserError:
+    """What was done to an image, and the range that its numbers were seen to have; or why it cannot be decoded."""
     try:
-        read_image(path)
+        picture = read_picture(image[1])
     except UserError as error:
-        return str(error)
-    return ""
+        return error
+    return picture.conversion, picture.range
 
 
-def chunks(paths: list[Path], size: int) -> Iterator[list[Path]]:
+def chunks(items: list[T], size: int) -> Iterator[list[T]]:
     """Consecutive slices of a list."""
-    for start in range(0, len(paths), size):
-        yield paths[start : start + size]
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -149,14 +149,22 @@ def drop(path):
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (lambda root: (root / "list.txt").touch(), "stray file .*list.txt"),
-        (lambda root: (root / "dark" / "list.txt").touch(), "stray file .*list.txt"),
-        (lambda root: (root / "dark" / "red" / "notes.txt").touch(), "stray file .*notes.txt"),
-        (lambda root: (root / "dark" / "red" / "more").mkdir(), "stray folder .*more"),
-        (lambda root: (root / "splits").mkdir(), "domain .*splits holds no images"),
-        (lambda root: (root / "dark" / "red" / "1.png").write_bytes(b""), r"1\.png is empty, an image was expected"),
-        (lambda root: drop(root / "dark" / "red"), "dark lacks red"),
-        (lambda root: (root / "dark" / "red").rename(root / "dark" / "rot"), "bright lacks rot; dark lacks red"),
+        (lambda root: (root / "dark" / "list.txt").touch(), "stray files, move them away: .*list.txt"),
+        (
+            lambda root: (root / "dark" / "red" / "notes.txt").touch(),
+            "stray files, not images .*, move them away: .*notes.txt",
+        ),
+        (lambda root: (root / "dark" / "red" / "more").mkdir(), "stray folders among images, move them away: .*more"),
+        (lambda root: (root / "splits").mkdir(), "domains that hold no images, fill them as .*: .*splits$"),
+        (
+            lambda root: (root / "dark" / "red" / "1.png").write_bytes(b""),
+            r"images that are empty, replace or remove them: .*1\.png$",
+        ),
+        (
+            lambda root: drop(root / "dark" / "red"),
+            "classes that some domains lack, add or remove them, .*: red in dark$",
+        ),
+        (lambda root: (root / "dark" / "red").rename(root / "dark" / "rot"), "red in dark, rot in bright, middle$"),
     ],
 )
 def test_bad_folders_are_named(tmp_path, spoil, named):
@@ -171,7 +179,9 @@ def test_folder_that_is_none(tmp_path):
         load_dataset("folder", None, SMALL)
     with pytest.raises(UserError, match="is not a folder"):
         load_dataset("folder", str(tmp_path / "nowhere"), SMALL)
-    with pytest.raises(UserError, match="at least 2"):
+    with pytest.raises(
+        UserError, match=r"at least 2 domain folders are needed .*, there are 0: none; at least 2 classes"
+    ):
         load_dataset("folder", str(tmp_path), SMALL)
 
 
@@ -232,13 +242,17 @@ def test_manifest_decides_the_split(pictures, tmp_path):
         ("path,label", "{red},red", r"lacks the column\(s\) domain; its first line is path,label"),
         ("path,label,domain", "{red},,dark", "line 2: no label"),
         ("path,label,domain", "{red}", "line 2: no label"),
-        ("path,label,domain,split", "{red},red,dark,test", "line 2: split is `test`, not `in` or `out`"),
+        ("path,label,domain,split", "{red},red,dark,test", "split is not `in` or `out`, .*: line 2: `test`"),
         ("path,label,domain", "nowhere.png,red,dark", r"line 2: .*nowhere\.png is missing"),
-        ("path,label,domain", "empty.png,red,dark", r"line 2: .*empty\.png is empty"),
-        ("path,label,domain", "{red},red,dark", r"has 1 domain\(s\), dark: at least 2"),
-        ("path,label,domain", "{red},red,dark\n{red},red,bright", "line 3: .* stands in line 2, too"),
-        ("path,label,domain", "{red},red,dark\n{blue},red,bright", r"has 1 label\(s\), red"),
-        ("path,label,domain,split", "{red},red,dark,in\n{blue},blue,bright,out", "all images of bright are `out`"),
+        ("path,label,domain", "empty.png,red,dark", r"images that are empty, .*: line 2: .*empty\.png"),
+        ("path,label,domain", "{red},red,dark", "at least 2 domains are needed, there are 1: dark;"),
+        ("path,label,domain", "{red},red,dark\n{red},red,bright", "images listed twice, .*: line 3: .* of line 2"),
+        ("path,label,domain", "{red},red,dark\n{blue},red,bright", "at least 2 labels are needed, there are 1: red$"),
+        (
+            "path,label,domain,split",
+            "{red},red,dark,in\n{blue},blue,bright,out",
+            "bright has `out` alone, dark has `in` alone",
+        ),
     ],
 )
 def test_bad_manifests_are_named(pictures, tmp_path, header, row, told):
