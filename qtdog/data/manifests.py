@@ -23,8 +23,11 @@ from qtdog.errors import UserError
 COLUMNS = ("path", "label", "domain")
 
 
-def manifest_files(manifest: str | None, log: Callable[[str], None] = print) -> ImageFiles:
+def manifest_files(manifest: str | None, log: Callable[[str], None] = print, least: int = 2) -> ImageFiles:
     """The images that a CSV file lists; domains and classes in lexicographic order, a class's images in the file's.
+
+    Args:
+        least: domains, and classes. With 1, images to judge a model on, whose parts are of no interest.
 
     Raises:
         UserError: for missing columns; or naming all lines with an empty cell, another word than `in` and `out`, an
@@ -59,15 +62,15 @@ def manifest_files(manifest: str | None, log: Callable[[str], None] = print) -> 
             out.add(path)
     classes = sorted(set().union(*found.values()))
     for kind, names in (("domains", sorted(found)), ("labels", classes)):
-        if len(names) < 2:
-            problems.add(f"at least 2 {kind} are needed, there are {len(names)}", ", ".join(names) or "none")
+        if len(names) < least:
+            problems.add(f"at least {least} {kind} are needed, there are {len(names)}", ", ".join(names) or "none")
     for label in sorted(other_spellings(found)):
         domains = ", ".join(name for name, labels in found.items() if label in labels)
         problems.add("labels that domains spell in several ways, write them alike", f"{label} in {domains}")
     files = {domain: {label: found[domain][label] for label in classes} for domain in sorted(found)}
     for domain, labels in files.items():
         held_out = sum(path in out for paths in labels.values() for path in paths)
-        if out and held_out in (0, count(labels)):
+        if least > 1 and out and held_out in (0, count(labels)):
             problems.add("domains without one of the parts `in` and `out`, which both are needed",
                          f"{domain} has `{'out' if held_out else 'in'}` alone")  # fmt: skip
     problems.refuse(file)
