@@ -38,9 +38,14 @@ class TrainConfig:
     step: Annotated[str | None, "instead of the preset's step rule", "parts of the method"] = None
     averaging: Annotated[str | None, "instead of the preset's", "parts of the method"] = None
     quantizer: Annotated[str | None, "instead of the preset's; `none` trains in float", "parts of the method"] = None
-    test_envs: Annotated[list[str], "target domains, each left out in its own runs: indices, names or `all`"] = field(
-        default_factory=lambda: ["all"]
-    )
+    test_envs: Annotated[
+        list[str],
+        "target domains, each left out in its own runs: indices, names or `all`; `photo+sketch` leaves out two at once",
+    ] = field(default_factory=lambda: ["all"])
+    sources: Annotated[
+        list[str],
+        "domains to train on (default: all but the targets); `all` other domains are then left out at once",
+    ] = field(default_factory=list)
     trial_seed: Annotated[
         int, "splits every domain into its in and out parts; one table cell is a mean over trials"
     ] = 0
@@ -175,7 +180,7 @@ class RunConfig:
     dataset: str
     data_dir: str | None
     method: str
-    test_env: int
+    test_envs: tuple[int, ...]  # indices of the target domains
     trial_seed: int
     hparams_seed: int
     seed: int
@@ -198,12 +203,12 @@ class RunConfig:
     averaging: dict[str, Any]  # of its averaging rule
     precision: Precision = "float32"
     plugins: tuple[Plugin, ...] = ()
+    sources: tuple[int, ...] = ()  # indices of the source domains, if they are not all but the targets
     grid: tuple[str, ...] = ()  # the settings that were searched, if this run is a point of a grid
 
-    @property
-    def test_envs(self) -> tuple[int, ...]:
-        """Indices of the target domains."""
-        return (self.test_env,)
+    def source_envs(self, domains: int) -> list[int]:
+        """Indices of the source domains, of so many."""
+        return list(self.sources) or [env for env in range(domains) if env not in self.test_envs]
 
     def checkpoints_from(self, step: int) -> int:
         """How many checkpoints it has from that of `step` on: after each `checkpoint_freq`-th update and the last."""
@@ -214,7 +219,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML and JSON."""
         values = asdict(self)
-        for name in ("plugins", "grid"):
+        for name in ("test_envs", "plugins", "sources", "grid"):
             values[name] = list(values[name])
             if not values[name]:
                 del values[name]
@@ -232,10 +237,22 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
         """Inverse of `to_dict`; TypeError or KeyError for what that cannot have made."""
+        values = with_targets(values)
         quantization, plugins = values["quantization"], values.get("plugins", [])
         own = {
+            "test_envs": tuple(values["test_envs"]),
             "quantization": checked(Quantization, quantization) if quantization else None,
             "plugins": tuple(checked(Plugin, plugin) for plugin in plugins),
+            "sources": tuple(values.get("sources", [])),
             "grid": tuple(values.get("grid", [])),
         }
         return checked(cls, {**values, **own})
+
+
+def with_targets(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings as earlier versions stored them, which knew one target a run, as they are stored now."""
+    if "test_env" not in values:
+        return values
+    return {name if name != "test_env" else "test_envs": value for name, value in values.items()} | {
+        "test_envs": [values["test_env"]]
+    }

@@ -143,7 +143,7 @@ def single_row(folders: Sequence[str], curves: Sequence[Curve]) -> Row:
 def ensemble_row(folder: Path) -> Row:
     """An ensemble that `make_ensembles` has written."""
     (record,) = read_records(folder / "results.jsonl")
-    sources = [env for env in range(len(record["domains"])) if env != record["test_env"]]
+    sources = record["source_envs"]
     return Row(
         find_method(record["method"]).ensemble_label,
         [100 * record["target_accuracy"]],

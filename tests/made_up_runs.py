@@ -20,11 +20,6 @@ from qtdog.training.trainer import may_be_selected
 STEPS = (0, 2, 4, 5)
 
 
-def targets_of(run: RunConfig) -> tuple[int, ...]:
-    """The targets of a made-up run, which may be several: its data_dir names them, as its settings cannot yet."""
-    return tuple(json.loads(run.data_dir)) if (run.data_dir or "").startswith("[") else (run.test_env,)
-
-
 def made_up_run(
     method, targets=(0,), trial=0, draw=0, seed=0, dataset="ColoredMNIST", grid=(), **settings
 ) -> RunConfig:
@@ -36,7 +31,7 @@ def made_up_run(
     if name.averaging == "swad":
         numbers |= {"swad_converge": 1}
     config = TrainConfig(dataset=dataset, method=method, trial_seed=trial, hparams_seed=draw, steps=6, numbers=numbers)
-    return replace(settle(replace(config, **settings), targets[0], seed), data_dir=str(list(targets)), grid=tuple(grid))
+    return replace(settle(replace(config, **settings), 0, seed), test_envs=tuple(targets), grid=tuple(grid))
 
 
 def made_up_numbers(random, domains, images=19):
@@ -62,7 +57,7 @@ def made_up_result(run: RunConfig, random, folder=Path("made up"), steps=STEPS, 
     if AVERAGING[find_method(run.method).averaging].final_only:
         selectable = selectable[-1:]
     records = [{"step": step, **made_up_numbers(random, domains), **values} for step in selectable]
-    targets = targets_of(run)
+    targets = run.test_envs
     sources = [env for env in range(len(domains)) if env not in targets]
     best = max(records, key=lambda record: mean_out_accuracy(record, sources))
     card = ModelCard(
@@ -81,7 +76,7 @@ def write_result(result: Result) -> Path:
     folder, run = result.folder, result.card.run
     args = {
         "dataset": run.dataset, "algorithm": find_method(run.method).label, "task": "domain_generalization",
-        "test_envs": list(targets_of(run)), "trial_seed": run.trial_seed, "seed": run.seed,
+        "test_envs": list(run.test_envs), "trial_seed": run.trial_seed, "seed": run.seed,
         "hparams_seed": run.hparams_seed, "holdout_fraction": run.holdout_fraction, "steps": run.steps,
     }  # fmt: skip
     folder.mkdir(parents=True)

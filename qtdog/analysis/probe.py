@@ -21,7 +21,7 @@ from qtdog.log import Log
 from qtdog.methods.presets import find_method
 from qtdog.results.data_of_runs import DataOfRuns
 from qtdog.results.runs import ModelCard, find_runs, load_model, read_card
-from qtdog.training.evaluation import mean_loss, sources
+from qtdog.training.evaluation import mean_loss
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,10 @@ def measured_images(
     card: ModelCard, dataset: DomainSet, parts: dict[str, Part], config: MeasureConfig
 ) -> dict[str, list[EvaluationImages]]:
     """Both sides' images, of each domain at most --max-images."""
-    run = card.run
-    names = {"source": [f"env{env}_out" for env in sources(run, dataset)], "target": [f"env{run.test_env}_in"]}
+    names = {
+        "source": [f"env{env}_out" for env in card.source_envs],
+        "target": [f"env{env}_in" for env in card.run.test_envs],
+    }
     sides = {
         side: [Part(parts[n].domain, parts[n].env, parts[n].indices[: config.max_images]) for n in chosen]
         for side, chosen in names.items()

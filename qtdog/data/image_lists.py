@@ -90,12 +90,12 @@ class ImageList:
             raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
         return cls(images)
 
-    def copies(self, target: str, sources: Sequence[str]) -> list[str]:
-        """A line each on images of the target, and of the validation parts, that are trained on as well, as copies."""
+    def copies(self, targets: Sequence[str], sources: Sequence[str]) -> list[str]:
+        """A line each on images of the targets, and of the validation parts, that are trained on as well, as copies."""
         trained = {image.fingerprint for image in self.images if image.part == "in" and image.domain in sources}
         again = [image for image in self.images if image.fingerprint in trained]
         kinds = {
-            f"the target {target}": [image for image in again if image.domain == target],
+            f"the target {', '.join(targets)}": [image for image in again if image.domain in targets],
             "the validation parts": [image for image in again if image.domain in sources and image.part == "out"],
         }
         return [

@@ -213,7 +213,7 @@ def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
         dataset=config.dataset,
         data_dir=config.data_dir,
         method=name,
-        test_env=test_env,
+        test_envs=(test_env,),
         trial_seed=config.trial_seed,
         hparams_seed=config.hparams_seed,
         seed=seed,

@@ -37,13 +37,16 @@ class DataOfRuns:
             )
         return dataset
 
-    def parts_of(self, folder: Path, card: ModelCard) -> dict[str, Part]:
+    def parts_of(self, folder: Path, card: ModelCard, images: ImageList | None = None) -> dict[str, Part]:
         """The parts of a run's data by DomainBed's names, as the run had them: images are known by their content.
+
+        Args:
+            images: divided otherwise than the run's own list has them.
 
         Raises:
             UserError: for images that are changed or gone. New ones are left out, and named in the log.
         """
-        dataset, images = self.of(card), ImageList.read(folder)
+        dataset, images = self.of(card), images or ImageList.read(folder)
         if images is None:
             self.log(
                 f"{folder}, of an earlier version, has no list of its images: taking them for those that are there"

@@ -1,7 +1,7 @@
 """What a model, or an ensemble of several, answers for images."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,7 +83,7 @@ def of_one(model: nn.Module) -> MemberLogits:
     return lambda images: model(images)[None]
 
 
-def of_several(models: list[nn.Module]) -> MemberLogits:
+def of_several(models: Sequence[nn.Module]) -> MemberLogits:
     """Models one after the other."""
     return lambda images: torch.stack([model(images) for model in models])
 

@@ -15,10 +15,11 @@ and then renamed, so that a kill leaves the old or the new one, never a half.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import safetensors
@@ -55,6 +56,17 @@ def seconds_of(records: Sequence[dict[str, Any]]) -> float:
     )
 
 
+def on_targets(accuracies: Mapping[str, float], run: RunConfig) -> float:
+    """The accuracy on the `in` part of a run's target; of several targets the mean."""
+    return fmean(accuracies[f"env{env}_in_acc"] for env in run.test_envs)
+
+
+def task_of(domains: Sequence[str], run: RunConfig) -> str:
+    """What a run leaves out, and where it was chosen what it is trained on: `photo+sketch`, `photo_from_sketch`."""
+    targets = "+".join(domains[env] for env in run.test_envs)
+    return targets + (f"_from_{'+'.join(domains[env] for env in run.sources)}" if run.sources else "")
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """model.json: all that is needed to rebuild the selected model and to judge it."""
@@ -86,17 +98,22 @@ class ModelCard:
     @property
     def targets(self) -> list[str]:
         """The names of the domains that were left out."""
-        return [self.target]
+        return [self.domains[env] for env in self.run.test_envs]
 
     @property
     def sources(self) -> list[str]:
         """The names of the domains that it was trained on."""
-        return [name for name in self.domains if name not in self.targets]
+        return [self.domains[env] for env in self.source_envs]
+
+    @property
+    def source_envs(self) -> list[int]:
+        """Their indices."""
+        return self.run.source_envs(len(self.domains))
 
     @property
     def target_accuracy(self) -> float:
-        """Share in 0..1 of the target domain's `in` part, as DomainBed reports it."""
-        return self.accuracies[f"env{self.run.test_env}_in_acc"]
+        """Share in 0..1 of the target's `in` part, as DomainBed reports it; of several targets the mean."""
+        return on_targets(self.accuracies, self.run)
 
     def images_as_trained(self) -> Preprocessing | None:
         """How the images were prepared; None for the MNIST sets."""

@@ -27,8 +27,8 @@ class Result:
 
     @property
     def sources(self) -> list[int]:
-        """Indices of the others."""
-        return [env for env in range(len(self.card.domains)) if env not in self.targets]
+        """Indices of the domains that it was trained on."""
+        return self.card.source_envs
 
     @property
     def column(self) -> str:

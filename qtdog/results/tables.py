@@ -117,7 +117,9 @@ def build_table(
     singles, beside = by_key(results, names), by_key(wider, names)
     several: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for record in ensembles:
-        several[record["method"], described(record["settings"], names.get(record["method"], []))].append(record)
+        mixed = f"mixed {' and '.join(record['mix'])}" if record.get("mix") else ""
+        variant = described(record["settings"], names.get(record["method"], []))
+        several[record["method"], ", ".join(filter(None, [variant, mixed]))].append(record)
     rows = []
     for selection in SELECTIONS:
         for key in sorted(singles.keys() | several.keys(), key=in_order):

@@ -31,7 +31,7 @@ def domain_parts(run: RunConfig, dataset: DomainSet) -> dict[str, Part]:
 
 def sources(run: RunConfig, dataset: DomainSet) -> list[int]:
     """Indices of the source domains."""
-    return [env for env in range(len(dataset.domains)) if env != run.test_env]
+    return run.source_envs(len(dataset.domains))
 
 
 def evaluation_images(
@@ -48,7 +48,7 @@ def evaluation_images(
     keep = fits_in_memory(sum(len(part.indices) for part in evaluated.values()), dataset.image_shape)
     augment = AUGMENTATIONS[run.augmentation].evaluation
     return {
-        name: EvaluationImages(part, workers, keep, augment and part.env != run.test_env)
+        name: EvaluationImages(part, workers, keep, augment and part.env in sources(run, dataset))
         for name, part in evaluated.items()
     }
 

@@ -14,7 +14,7 @@ import yaml
 
 from qkernels import remove_leftovers
 from qtdog import distributed
-from qtdog.config import RunConfig
+from qtdog.config import RunConfig, with_targets
 from qtdog.errors import UserError
 from qtdog.files import DONE, REMEDY, is_done, read_sealed, write_text
 from qtdog.results.runs import SEALED
@@ -151,5 +151,5 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def without_places(values: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, wherever its data lies; its plug-ins by what is in them, wherever the files lie."""
-    values = {name: value for name, value in values.items() if name != "data_dir"}
+    values = {name: value for name, value in with_targets(values).items() if name != "data_dir"}
     return {**values, "plugins": [plugin["sha256"][:8] for plugin in values.get("plugins", [])]}

@@ -22,11 +22,12 @@ from qtdog.log import Log
 from qtdog.methods.checks import check_minibatch
 from qtdog.methods.presets import find_method, seeds_of, settle
 from qtdog.models import preprocessing
-from qtdog.results.runs import checkpoint_records, read_card, run_folder, seconds_of
+from qtdog.results.runs import checkpoint_records, read_card, run_folder, seconds_of, task_of
 from qtdog.training.evaluation import domain_parts
 from qtdog.training.facts import facts
 from qtdog.training.folders import prepare_folder, sole_owner
 from qtdog.training.progress import Progress, clock
+from qtdog.training.tasks import parse_tasks
 from qtdog.training.trainer import train
 
 WATCH_SECONDS = 0.5  # between two looks at how far the runs are
@@ -120,12 +121,14 @@ def plan(config: TrainConfig) -> list[Job]:
     read_dataset.cache_clear()  # what is on disk now, not what another plan of this process has read
     dataset = read_dataset(config.dataset, config.data_dir, prepared, True)
     domains = [domain.name for domain in dataset.domains]
-    check_minibatch(template, find_method(template.method), len(domains) - 1, distributed.world_size())
     jobs = []
-    for env in parse_targets(config.test_envs, dataset.name, domains):
+    for targets, sources in parse_tasks(config.test_envs, config.sources, dataset.name, domains):
         for seed in seeds:
-            run = replace(template, test_env=env, seed=seed)
-            job = Job(run, run_folder(config.output_dir, dataset.name, domains[env], run), config.device, workers)
+            run = replace(template, test_envs=targets, sources=sources, seed=seed)
+            trained_on = len(run.source_envs(len(domains)))
+            check_minibatch(run, find_method(run.method), trained_on, distributed.world_size())
+            folder = run_folder(config.output_dir, dataset.name, task_of(domains, run), run)
+            job = Job(run, folder, config.device, workers)
             if distributed.is_first():
                 prepare(job, config)
             jobs.append(job)
@@ -242,19 +245,3 @@ def count(steps: int) -> None:
     if _steps_done is not None:
         with _steps_done.get_lock():
             _steps_done.value += steps
-
-
-def parse_targets(names: list[str], dataset: str, domains: list[str]) -> list[int]:
-    """Indices of the target domains that `--test-envs` gives: names, indices or `all`; a name goes before an index."""
-    envs: list[int] = []
-    for name in names:
-        if name == "all":
-            envs += range(len(domains))
-        elif name in domains:
-            envs.append(domains.index(name))
-        elif name.isdecimal() and int(name) < len(domains):
-            envs.append(int(name))
-        else:
-            listed = ", ".join(f"{index} {domain}" for index, domain in enumerate(domains))
-            raise UserError(f"--test-envs {name}: {dataset} has the domains {listed}, or `all`")
-    return list(dict.fromkeys(envs))

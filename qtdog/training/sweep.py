@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from tqdm import tqdm
 
 from qtdog import plugins
-from qtdog.config import TrainConfig
+from qtdog.config import RunConfig, TrainConfig
 from qtdog.data import DIGITS, domain_names
 from qtdog.distributed import world_size
 from qtdog.environment import pick_workers
@@ -28,9 +28,10 @@ from qtdog.methods.checks import check_minibatch
 from qtdog.methods.method import rule_numbers
 from qtdog.methods.numbers import dashed
 from qtdog.methods.presets import composed, find_method, meaningless, seeds_of, settle
-from qtdog.results.runs import read_card
+from qtdog.results.runs import read_card, task_of
 from qtdog.training.folders import TrainedElsewhere, is_claimed, sole_owner
-from qtdog.training.jobs import Job, check_jobs, parse_targets, run_each
+from qtdog.training.jobs import Job, check_jobs, run_each
+from qtdog.training.tasks import parse_tasks
 
 STATES = ("done", "running", "interrupted", "failed", "missing")
 
@@ -130,18 +131,26 @@ def jobs_of(config: SweepConfig) -> list[SweepJob]:
         title, domains = domain_names(dataset, config.data_dir)
         workers = pick_workers(config.num_workers, reads_files=dataset not in DIGITS, jobs=config.jobs)
         for train_config in train_configs(replace(config, dataset=dataset)):
-            for env in parse_targets(config.test_envs, title, domains):
+            for targets, sources in parse_tasks(config.test_envs, config.sources, title, domains):
                 for seed in range(config.members) if config.members else seeds_of(train_config):
-                    run = plugins.remembered(settle(train_config, env, seed))
-                    check_minibatch(run, find_method(run.method), len(domains) - 1)
-                    arguments = {**run.to_dict(), "dataset": title}
-                    del arguments["data_dir"]  # the same run wherever the data lies
-                    if run.plugins:  # and the plug-ins
-                        arguments["plugins"] = [plugin.sha256 for plugin in run.plugins]
-                    key = hashlib.md5(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+                    run = replace(settle(train_config, 0, seed), test_envs=targets, sources=sources)
+                    run = plugins.remembered(run)
+                    check_minibatch(run, find_method(run.method), len(run.source_envs(len(domains))))
+                    key = key_of(run, title)
                     folder = Path(config.output_dir) / key
-                    jobs[key] = SweepJob(run, folder, config.device, workers, title, domains[env])
+                    jobs[key] = SweepJob(run, folder, config.device, workers, title, task_of(domains, run))
     return list(jobs.values())
+
+
+def key_of(run: RunConfig, title: str) -> str:
+    """The name of a run's folder: a hash of its settings, the same wherever its data and plug-ins lie."""
+    arguments = {**run.to_dict(), "dataset": title}
+    del arguments["data_dir"]
+    if run.plugins:
+        arguments["plugins"] = [plugin.sha256 for plugin in run.plugins]
+    if len(run.test_envs) == 1:  # as earlier versions, so that their sweeps go on
+        arguments["test_env"] = arguments.pop("test_envs")[0]
+    return hashlib.md5(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
 
 
 def train_configs(config: SweepConfig) -> Iterator[TrainConfig]:

@@ -31,7 +31,7 @@ from qtdog.methods.presets import find_method
 from qtdog.methods.steps import STEPS
 from qtdog.models import build_model, train_mode
 from qtdog.results.predictions import of_one, predict_images
-from qtdog.results.runs import CHECKPOINTS, RESULTS, SEALED, ModelCard, save_model
+from qtdog.results.runs import CHECKPOINTS, RESULTS, SEALED, ModelCard, on_targets, save_model, task_of
 from qtdog.training.checkpoints import BEFORE, read_checkpoint, remove_checkpoints, write_checkpoint
 from qtdog.training.evaluation import domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
 from qtdog.training.facts import facts
@@ -85,15 +85,16 @@ class Trainer:
     ) -> None:
         self.run, self.dataset, self.folder, self.device, self.workers = run, dataset, folder, device, workers
         self.method = find_method(run.method)
-        self.target = dataset.domains[run.test_env].name
         self.sources = sources(run, dataset)
+        self.target = task_of([domain.name for domain in dataset.domains], run)
         self.environment = describe_environment(device)
         self.log = Log(folder / "out.txt", shown)
         self.announce()
 
         parts = domain_parts(run, dataset)
         self.image_list = ImageList.of(dataset, parts)
-        for told in self.image_list.copies(self.target, [dataset.domains[env].name for env in self.sources]):
+        names = [domain.name for domain in dataset.domains]
+        for told in self.image_list.copies([names[i] for i in run.test_envs], [names[i] for i in self.sources]):
             self.log(told)
         self.train_parts = [parts[f"env{env}_in"] for env in self.sources]
         # An epoch is DomainBed's: of the smallest `in` part of all domains, the target's among them.
@@ -284,7 +285,7 @@ class Trainer:
             write_checkpoint(self.folder, stored)
         self.log(
             f"step {step:>5}  loss {loss:.4f}  source out {mean_out_accuracy(evaluated, self.sources):.4f}  "
-            f"target in {evaluated[f'env{self.run.test_env}_in_acc']:.4f}  {step_time:.3f} s/step  "
+            f"target in {on_targets(evaluated, self.run):.4f}  {step_time:.3f} s/step  "
             f"{'quantized' if quantized else 'float'}{', averaged' if evaluated['averaged'] else ''}"
         )
 
@@ -392,7 +393,7 @@ class Trainer:
             "dataset": self.dataset.name,
             "algorithm": self.method.label,
             "task": "domain_generalization",
-            "test_envs": [self.run.test_env],
+            "test_envs": list(self.run.test_envs),
             "trial_seed": self.run.trial_seed,
             "seed": self.run.seed,
             "hparams_seed": self.run.hparams_seed,

@@ -10,11 +10,9 @@ import yaml
 from qtdog import cli, environment
 from qtdog.cli import main
 from qtdog.config import TrainConfig
-from qtdog.data import domain_names, load_dataset
 from qtdog.errors import UserError
 from qtdog.methods.presets import settle
 from qtdog.results.runs import read_card
-from qtdog.training.jobs import parse_targets
 from tiny import DIGITS, ICON_STYLES, make_pictures
 
 COMMANDS = [
@@ -195,20 +193,6 @@ def test_standard_output_that_is_full(trained, digits_dir, tmp_path, command):
     assert err.count("\n") == 1
 
 
-def test_targets_by_name_index_or_all(digits_dir):
-    names = [domain.name for domain in load_dataset("RotatedMNIST", str(digits_dir), None).domains]
-    assert domain_names("RotatedMNIST", None) == ("RotatedMNIST", names)
-    assert parse_targets(["all"], "RotatedMNIST", names) == [0, 1, 2, 3, 4, 5]
-    assert parse_targets(["15", "5", "0", "75"], "RotatedMNIST", names) == [
-        1,
-        5,
-        0,
-    ]  # 15 is a name, 5 an index, 75 names what 5 means
-    for wrong in ("7", "ninety", "-1"):
-        with pytest.raises(UserError, match="0 0, 1 15, 2 30"):
-            parse_targets([wrong], "RotatedMNIST", names)
-
-
 def test_device_and_workers(monkeypatch):
     monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
     assert environment.pick_device("auto").type == "cpu"
@@ -292,7 +276,7 @@ def test_icon_styles(tmp_path):
     assert main([*common, "--method", "erm"]) == 0
     assert main([*common, "--switch-step", "4", "--seeds", "0", "1"]) == 0
     card = read_card(runs / "icons" / "qtdog" / "noto" / "trial0_seed0")
-    assert card.domains == ["fluent3d", "noto", "openmoji_line", "twemoji"] and card.run.test_env == 1
+    assert card.domains == ["fluent3d", "noto", "openmoji_line", "twemoji"] and card.run.test_envs == (1,)
     assert card.classes == ["building", "weather"] and card.preprocessing["image_size"] == 32
     assert main(["ensemble", str(runs)]) == 0
     assert main(["flatness", str(runs / "icons" / "erm"), "--radii", "0", "1", "--directions", "1", "--max-images", "8",

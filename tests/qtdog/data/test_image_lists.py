@@ -116,9 +116,9 @@ def test_copies_of_training_images_are_told(root):
         f"env{env}_in": Part(domain, env, list(range(len(domain.labels)))) for env, domain in enumerate(dataset.domains)
     }
     images = ImageList.of(dataset, parts)
-    (told,) = images.copies("bright", ["dark", "middle"])
+    (told,) = images.copies(["bright"], ["dark", "middle"])
     assert told == "1 image(s) of the target bright are copies of ones that are trained on: bright/red/copy.png"
-    assert images.copies("bright", ["middle"]) == []
+    assert images.copies(["bright"], ["middle"]) == []
 
 
 def test_known_files_are_not_read_again(root, cache, monkeypatch):

@@ -131,7 +131,8 @@ def test_an_ensemble_goes_by_its_name(folder):
         place.mkdir()
         (place / "members.json").touch()
         record = {
-            "dataset": run.dataset, "method": run.method, "target": result.card.target, "test_env": run.test_env,
+            "dataset": run.dataset, "method": run.method, "target": result.card.target,
+            "test_envs": list(run.test_envs),
             "trial_seed": run.trial_seed, "settings": settings_of(run), "domains": result.card.domains, "members": 2,
             "combine": "logits", "nbytes": 1, "float_nbytes": 2, "target_accuracy": 0.5,
             **{name: value / 2 for name, value in result.card.accuracies.items()},
