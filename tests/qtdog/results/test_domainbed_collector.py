@@ -212,11 +212,20 @@ def parse_results(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["erm"])
-def test_the_same_numbers_of_a_sweep_that_was_trained(method, digits_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("erm", []),
+        ("swad", ["--swad-converge", "1", "--swad-tolerance", "1"]),  # may select the last checkpoint alone
+        ("qtdog", ["--switch-step", "2"]),  # those from the switch on
+        ("qtdog+sma", ["--switch-step", "1"]),
+    ],
+    ids=["erm", "swad", "qtdog", "qtdog+sma"],
+)
+def test_the_same_numbers_of_runs_that_were_trained(method, flags, digits_dir, tmp_path):
     for trial, draw in ((0, 0), (0, 1), (1, 0)):
         assert main(["train", *DIGITS, "--data-dir", str(digits_dir), "--method", method,
-                     "--output-dir", str(tmp_path / "runs"), "--steps", "3", "--checkpoint-freq", "1",
+                     *flags, "--output-dir", str(tmp_path / "runs"), "--steps", "4", "--checkpoint-freq", "1",
                      "--eval-train-images", "2", "--trial-seed", str(trial),
                      "--hparams-seed", str(draw)]) == 0  # fmt: skip
     (place,) = {file.parents[1] for file in (tmp_path / "runs").rglob("results.jsonl")}
