@@ -15,23 +15,17 @@ from qtdog.results.metrics import NAMES
 from qtdog.results.runs import ModelCard
 from qtdog.results.selections import Result
 from qtdog.training.evaluation import mean_out_accuracy
-from qtdog.training.trainer import may_be_selected
+from qtdog.training.quantization import may_be_selected
 
-STEPS = (0, 2, 4, 5)
+STEPS = (0, 2000, 4000, 5000)  # from 2000 on, those of INQ from 5000 on, weights are quantized
 
 
 def made_up_run(
     method, targets=(0,), trial=0, draw=0, seed=0, dataset="ColoredMNIST", grid=(), **settings
 ) -> RunConfig:
-    """The settings of a run of few steps."""
-    name = find_method(method)
-    if name.quantizer:
-        settings = {"switch_step": 2, **settings}
-    numbers = {"average_start": 2} if name.averaging != "none" else {}
-    if name.averaging == "swad":
-        numbers |= {"swad_converge": 1}
-    config = TrainConfig(dataset=dataset, method=method, trial_seed=trial, hparams_seed=draw, steps=6, numbers=numbers)
-    return replace(settle(replace(config, **settings), 0, seed), test_envs=tuple(targets), grid=tuple(grid))
+    """The settings of a run."""
+    config = TrainConfig(dataset=dataset, method=method, trial_seed=trial, hparams_seed=draw, **settings)
+    return replace(settle(config, 0, seed), test_envs=tuple(targets), grid=tuple(grid))
 
 
 def made_up_numbers(random, domains, images=19):
