@@ -20,6 +20,7 @@ from qtdog.analysis.diagnostics import DiagnosticsConfig, diagnose
 from qtdog.analysis.flatness import FlatnessConfig, measure_flatness
 from qtdog.analysis.landscape import LandscapeConfig, measure_landscape
 from qtdog.config import TrainConfig
+from qtdog.data.prepare import PrepareConfig, prepare
 from qtdog.data.verify import VerifyConfig, verify
 from qtdog.demo import DemoConfig, run_demo
 from qtdog.deployment.ensemble import EnsembleConfig, make_ensembles
@@ -275,6 +276,17 @@ examples:
   qtdog data verify --dataset csv --data-dir pictures.csv
 
 Exit code 2 if a count is not DomainBed's or an image is broken.""",
+    ),
+    "data prepare": Command(
+        PrepareConfig,
+        prepare,
+        "lay a data set out as <output>/<domain>/<class>/<image>, by links",
+        """\
+examples:
+  qtdog data prepare --dataset PACS --data-dir downloads --output data/PACS
+  qtdog data prepare --dataset csv --data-dir pictures.csv --output pictures --copy
+
+Where the data lies nothing is changed. After an interruption, the same command goes on.""",
     ),
 }
 

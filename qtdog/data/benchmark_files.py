@@ -48,8 +48,10 @@ def benchmark_files(name: str, root: str | None, log: Callable[[str], None] = pr
         log(f"  domain {env} {domain}: {count(files):,} images")
     total, expected = sum(map(count, found.values())), sum(benchmark.images.values())
     notes = [f"{name}, {total:,} images under {base}"]
-    if name == "DomainNet":
-        notes.append(f"{removed:,} duplicates left out" if duplicates else f"no {DUPLICATES} there to leave out")
+    if duplicates:
+        notes.append(f"{removed:,} duplicates left out")
+    elif name == "DomainNet" and total != expected:
+        notes.append(f"no {DUPLICATES} there to leave out")
     if total != expected:
         notes.append(f"NOT DomainBed's {expected:,} (see `qtdog data verify`)")
     return ImageFiles(name, ", ".join(notes), benchmark.classes, found)

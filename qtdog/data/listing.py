@@ -23,8 +23,12 @@ TWICE = "folders that are the same {kind}, put them together"
 def listed(folder: Path) -> list[os.DirEntry[str]]:
     """What lies in `folder`, by name, but hidden files, leftovers and what documents a data set."""
     with os.scandir(folder) as entries:
-        kept = [e for e in entries if not e.name.startswith((".", "README", "LICENSE"))]
-    return sorted((e for e in kept if e.name.lower() not in LEFTOVERS), key=lambda entry: entry.name)
+        return sorted((entry for entry in entries if not is_skipped(entry.name)), key=lambda entry: entry.name)
+
+
+def is_skipped(name: str) -> bool:
+    """Whether something of this name is no part of a data set."""
+    return name.startswith((".", "README", "LICENSE")) or name.lower() in LEFTOVERS
 
 
 def folders_in(parent: Path) -> list[Path]:

@@ -16,8 +16,9 @@ from qtdog.results.runs import read_card
 from tiny import DIGITS, ICON_STYLES, make_pictures
 
 COMMANDS = [
-    "train", "sweep", "ensemble", "flatness", "landscape", "curvature", "diagnostics", "collect", "data verify", "demo",
-]  # fmt: skip
+    *("train", "sweep", "ensemble", "flatness", "landscape", "curvature", "diagnostics", "collect", "demo"),
+    *("data verify", "data prepare"),
+]
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
@@ -49,7 +50,7 @@ def test_help_teaches(command, capsys):
         (["ensemble", "nowhere"], "nowhere is not a folder"),
         (["flatness", "nowhere"], "nowhere is not a folder"),
         (["collect", "nowhere"], "nowhere is not a folder"),
-        (["data"], 'expected "data.action" to be one of {verify}'),
+        (["data"], 'expected "data.action" to be one of {verify,prepare}'),
         (["data", "verify", "--data-dir", "nowhere"], "nowhere is not a folder"),
         (
             ["train", "--dataset", "PACS"],

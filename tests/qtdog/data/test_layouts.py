@@ -7,25 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from layouts import CAPITALS, benchmark, pictures, vlcs, write
 from qtdog.data import Preprocessing, image_files, load_dataset
 from qtdog.data.benchmarks import BENCHMARKS
 from qtdog.errors import UserError
 
 SMALL = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGE = b"never opened"
-
-
-def write(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(IMAGE)
-    return root
-
-
-def pictures(root: Path, between: str = "", domains=("photo", "sketch"), classes=("cat", "dog")) -> Path:
-    return write(
-        root, *(f"{domain}/{between}{label}/{i}.jpg" for domain in domains for label in classes for i in (1, 2))
-    )
 
 
 def shape(found):
@@ -89,17 +76,6 @@ def test_parts_between_domain_and_class(tmp_path, names):
     assert shape(image_files("folder", str(root))) == {d: {"cat": expected, "dog": expected} for d in USUAL}
 
 
-def vlcs(root: Path, domains: dict, parts: dict) -> Path:
-    """VLCS as many have it; `parts` says how many images of each class each holds."""
-    for domain in domains:
-        for part, number in parts.items():
-            write(root, *(f"{domain}/{part}/{label}/img_{i}.jpg" for label in range(5) for i in range(number)))
-    return root
-
-
-CAPITALS = ["CALTECH", "LABELME", "PASCAL", "SUN"]
-
-
 @pytest.mark.parametrize(
     ("parts", "number"),
     [
@@ -115,11 +91,6 @@ def test_vlcs_with_its_parts_and_numbers_for_classes(tmp_path, parts, number):
     assert list(found.files) == ["Caltech101", "LabelMe", "SUN09", "VOC2007"]
     assert all(len(paths) == number for files in found.files.values() for paths in files.values())
     assert found.files["SUN09"]["chair"][0].relative_to(tmp_path / "VLCS" / "VLCS").parts[::2] == ("SUN", "2")
-
-
-def benchmark(root: Path, name: str, rename=str) -> Path:
-    facts = BENCHMARKS[name]
-    return write(root, *(f"{rename(domain)}/{label}/1.jpg" for domain in facts.images for label in facts.classes))
 
 
 @pytest.mark.parametrize(
