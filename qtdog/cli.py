@@ -19,6 +19,7 @@ from qtdog.analysis.curvature import CurvatureConfig, measure_curvature
 from qtdog.analysis.diagnostics import DiagnosticsConfig, diagnose
 from qtdog.analysis.flatness import FlatnessConfig, measure_flatness
 from qtdog.analysis.landscape import LandscapeConfig, measure_landscape
+from qtdog.arguments import SEVERAL, listed, or_several, values_of, with_dashes
 from qtdog.config import TrainConfig
 from qtdog.data.prepare import PrepareConfig, prepare
 from qtdog.data.verify import VerifyConfig, verify
@@ -30,6 +31,7 @@ from qtdog.deployment.predicting import PredictConfig, predict
 from qtdog.deployment.signing import CheckSignatureConfig, SignConfig, sign
 from qtdog.deployment.signing import verify as verify_signature
 from qtdog.errors import UserError, one_line
+from qtdog.methods.grid import takes_several
 from qtdog.methods.method import PARTS, rule_numbers
 from qtdog.methods.numbers import Number, dashed
 from qtdog.methods.presets import PROTOCOLS, method_names
@@ -52,7 +54,7 @@ class Command:
 
     def fields(self) -> list[dataclasses.Field[Any]]:
         """The settings that a user may give, but for the numbers of the methods' rules."""
-        hidden = {*self.hidden, "numbers"}
+        hidden = {*self.hidden, "numbers", "grid"}
         return [field for field in dataclasses.fields(self.settings) if field.name not in hidden]
 
     def numbers(self) -> dict[str, tuple[str, Number]]:
@@ -60,10 +62,15 @@ class Command:
         return rule_numbers() if issubclass(self.settings, TrainConfig) else {}
 
     def settle(self, given: Mapping[str, Any]) -> Any:
-        """Its settings, from the values of its flags."""
+        """Its settings, from the values of its flags; several values of one that takes them go to the grid."""
         settings = {field.name: given[field.name] for field in self.fields()}
         if numbers := self.numbers():
-            settings["numbers"] = {name: given[name] for name in numbers if given[name] is not None}
+            several = [name for name in (*settings, *numbers) if takes_several(name) and isinstance(given[name], tuple)]
+            settings["grid"] = {name: list(given[name]) for name in several if len(given[name]) != 1}
+            single = {name: given[name][0] for name in several if len(given[name]) == 1}
+            settings |= {name: single.get(name) for name in several if name in settings}
+            own = {name: single.get(name) if name in several else given[name] for name in numbers}
+            settings["numbers"] = {name: value for name, value in own.items() if value is not None}
         return self.settings(**settings)
 
 
@@ -93,10 +100,13 @@ examples:
   # a small pretrained network from a local file, a short run
   qtdog train --dataset folder --data-dir pictures --backbone tf_efficientnet_lite0 \\
       --weights tf_efficientnet_lite0.safetensors --image-size 64 --steps 300 --switch-step 120
+  # one run for each of six settings, each in its own folder
+  qtdog train --dataset folder --data-dir pictures --method sam --lr 1e-5 5e-5 --rho 0.02 0.05 0.1
   # settings from a file; flags after it override it
   qtdog train --config run.yaml --resume
 
 --test-envs takes indices, names or `all`; a domain whose name is a number goes by its name.
+Flags whose help ends with "several: a run for each" take several, and all combinations are trained.
 Every flag may be spelled with dashes or underscores, and is a key of the YAML file with underscores.""",
     ),
     "sweep": Command(
@@ -320,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plugins.load(files)
         for file in values_of("--config", arguments):
             check_settings(file)
-        parsed = build_parser().parse_args([with_dashes(argument) for argument in arguments])
+        parsed = build_parser().parse_args(listed([with_dashes(argument) for argument in arguments]))
         name, given = parsed.command, parsed[parsed.command]
         if name in GROUPS:
             name, given = f"{name} {given.action}", given[given.action]
@@ -391,6 +401,8 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
         group: Any = parser
         for title in titles:
             group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        if command.numbers() and takes_several(field.name):
+            hint, text = or_several(hint), text + SEVERAL
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         flags = [f"--{dashed(field.name)}"] + (["--seed"] if field.name == "seeds" else [])
         if field.name in command.positional:
@@ -403,15 +415,9 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
             group.add_argument(*flags, type=hint, default=default, help=text)
     for name, (title, number) in command.numbers().items():
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        group.add_argument(f"--{dashed(name)}", type=number.type | None, default=None, help=number.help)
+        hint = or_several(number.type | None)
+        group.add_argument(f"--{dashed(name)}", type=hint, default=None, help=number.help + SEVERAL)
     return parser
-
-
-def values_of(flag: str, arguments: Sequence[str]) -> list[str]:
-    """What follows a flag, each time that it is given."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(flag, action="append", default=[], dest="values")
-    return parser.parse_known_args(arguments)[0].values
 
 
 def check_settings(file: str) -> None:
@@ -440,14 +446,6 @@ def check_settings(file: str) -> None:
     for name in lists & settings.keys():
         if not isinstance(settings[name], list):
             raise UserError(f"--config {file}: {name} must be a list, as in `{name}: [{settings[name]}]`")
-
-
-def with_dashes(argument: str) -> str:
-    """`--test_envs=0` as `--test-envs=0`; jsonargparse's own --print_config stays."""
-    name, equals, value = argument.partition("=")
-    if name.startswith("--") and name != "--print_config":
-        name = dashed(name)
-    return name + equals + value
 
 
 def how_to_resume(arguments: Sequence[str]) -> str:

@@ -118,6 +118,7 @@ class TrainConfig:
     overwrite: Annotated[bool, "start again where a run is already, finished or not"] = False
 
     numbers: dict[str, Any] = field(default_factory=dict)  # of the method's rules, each a flag of its own
+    grid: dict[str, list[Any]] = field(default_factory=dict)  # settings and numbers with several values, a run for each
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class RunConfig:
     precision: Precision = "float32"
     plugins: tuple[Plugin, ...] = ()
     sources: tuple[int, ...] = ()  # indices of the source domains, if they are not all but the targets
-    grid: tuple[str, ...] = ()  # the settings that were searched, if this run is a point of a grid
+    grid: tuple[str, ...] = ()  # the settings that were given several values, by the names of the flags
 
     def source_envs(self, domains: int) -> list[int]:
         """Indices of the source domains, of so many."""
@@ -233,6 +234,11 @@ class RunConfig:
         for group in ("quantization", "loss", "step", "averaging"):
             values.update(values.pop(group) or {})
         return values
+
+    def point(self) -> dict[str, Any]:
+        """Its values of the settings that were given several."""
+        values = self.settings()
+        return {name: values[name] for name in self.grid}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":

@@ -190,7 +190,10 @@ def preset_of(name: str, dataset: str) -> dict[str, Any]:
 
 
 def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
-    """The run of `config` that leaves out domain `test_env`, with the presets' numbers where the user gave none."""
+    """The run of `config` that leaves out domain `test_env`, with the presets' numbers where the user gave none.
+
+    Where settings have several values, `config` is one of its `grid.points`.
+    """
     refuse_unknown("dataset", config.dataset, PROTOCOLS)
     name = composed(config)
     chosen, preset = find_method(name), preset_of(name, config.dataset)
@@ -221,6 +224,7 @@ def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
         eval_train_images=config.eval_train_images,
         image_size=config.image_size,
         quantization=quantization,
+        grid=tuple(config.grid),
         **settled,
     )
     check(run, chosen)
@@ -228,7 +232,9 @@ def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
 
 
 def given(config: TrainConfig, name: str) -> Any:
-    """What a user gave for a setting or a number; None if nothing."""
+    """What a user gave for a setting or a number, of several values the first; None if nothing."""
+    if name in config.grid:
+        return config.grid[name][0]
     return config.numbers.get(name) if name in rule_numbers() else getattr(config, name)
 
 

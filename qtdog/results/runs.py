@@ -33,6 +33,7 @@ from qtdog.config import RunConfig
 from qtdog.data import Preprocessing, image_lists
 from qtdog.errors import UserError, one_line
 from qtdog.files import is_done, read_records, read_sealed, write_json
+from qtdog.methods.numbers import dashed
 from qtdog.models import build_model
 from qtdog.plain_types import checked
 from qtdog.plugins import require
@@ -172,6 +173,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> nn.Mod
 def run_folder(output_dir: str, dataset: str, target: str, run: RunConfig) -> Path:
     """Where `qtdog train` puts a run."""
     draw = f"_hparams{run.hparams_seed}" if run.hparams_seed else ""
+    for name, value in run.point().items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        draw += f"_{dashed(name)}{'' if is_number else '-'}{value}"
     return Path(output_dir) / dataset / run.method / target / f"trial{run.trial_seed}{draw}_seed{run.seed}"
 
 

@@ -150,6 +150,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def without_places(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run, wherever its data lies; its plug-ins by what is in them, wherever the files lie."""
+    """All settings of a run, also those left out, wherever its data lies; its plug-ins by what is in them."""
     values = {name: value for name, value in with_targets(values).items() if name != "data_dir"}
-    return {**values, "plugins": [plugin["sha256"][:8] for plugin in values.get("plugins", [])]}
+    plugins = [plugin["sha256"][:8] for plugin in values.get("plugins", [])]
+    return {"grid": [], "sources": [], **values, "plugins": plugins}

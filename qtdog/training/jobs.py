@@ -20,6 +20,8 @@ from qtdog.errors import UserError
 from qtdog.files import is_done
 from qtdog.log import Log
 from qtdog.methods.checks import check_minibatch
+from qtdog.methods.grid import points
+from qtdog.methods.numbers import dashed
 from qtdog.methods.presets import find_method, seeds_of, settle
 from qtdog.models import preprocessing
 from qtdog.results.runs import checkpoint_records, read_card, run_folder, seconds_of, task_of
@@ -81,7 +83,8 @@ class Job:
         card, run = read_card(self.folder), self.run
         took = clock(seconds_of(checkpoint_records(self.folder)))
         return (
-            f"{find_method(run.method).label}, target domain {card.target}, trial {run.trial_seed}, seed {run.seed}: "
+            f"{find_method(run.method).label}, target domain {card.target}, trial {run.trial_seed}, "
+            f"{''.join(f'{dashed(name)} {value}, ' for name, value in run.point().items())}seed {run.seed}: "
             f"source out {card.source_validation_accuracy:.4f}  target in {card.target_accuracy:.4f}  {took}"
         )
 
@@ -112,10 +115,9 @@ def plan(config: TrainConfig) -> list[Job]:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds must be different numbers, not {seeds}")
     check_jobs(config.jobs)
-    for seed in seeds:
-        template = plugins.remembered(settle(config, test_env=0, seed=seed))
+    templates = [plugins.remembered(settle(point, test_env=0, seed=seed)) for point in points(config) for seed in seeds]
     pick_device(config.device)
-    prepared = preprocessing(template.backbone, template.image_size)
+    prepared = preprocessing(templates[0].backbone, templates[0].image_size)
     processes = config.jobs * distributed.local_world_size()
     workers = pick_workers(config.num_workers, reads_files=prepared is not None, jobs=processes)
     read_dataset.cache_clear()  # what is on disk now, not what another plan of this process has read
@@ -123,8 +125,8 @@ def plan(config: TrainConfig) -> list[Job]:
     domains = [domain.name for domain in dataset.domains]
     jobs = []
     for targets, sources in parse_tasks(config.test_envs, config.sources, dataset.name, domains):
-        for seed in seeds:
-            run = replace(template, test_envs=targets, sources=sources, seed=seed)
+        for template in templates:
+            run = replace(template, test_envs=targets, sources=sources)
             trained_on = len(run.source_envs(len(domains)))
             check_minibatch(run, find_method(run.method), trained_on, distributed.world_size())
             folder = run_folder(config.output_dir, dataset.name, task_of(domains, run), run)

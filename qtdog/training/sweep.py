@@ -25,6 +25,7 @@ from qtdog.errors import UserError, one_line
 from qtdog.files import is_done, write_text
 from qtdog.log import Log
 from qtdog.methods.checks import check_minibatch
+from qtdog.methods.grid import points
 from qtdog.methods.method import rule_numbers
 from qtdog.methods.numbers import dashed
 from qtdog.methods.presets import composed, find_method, meaningless, seeds_of, settle
@@ -47,7 +48,7 @@ class SweepJob(Job):
         run = self.run
         return (
             f"{self.dataset} {run.method}, target {self.target}, trial {run.trial_seed}, hparams {run.hparams_seed}, "
-            f"seed {run.seed}"
+            f"{''.join(f'{dashed(name)} {value}, ' for name, value in run.point().items())}seed {run.seed}"
         )
 
 
@@ -154,7 +155,7 @@ def key_of(run: RunConfig, title: str) -> str:
 
 
 def train_configs(config: SweepConfig) -> Iterator[TrainConfig]:
-    """What `qtdog train` would be told for each method, trial and draw of hyper-parameters.
+    """What `qtdog train` would be told for each method, trial, draw of hyper-parameters and point of the grid.
 
     A setting that some of the methods do not know is for the others only; one that none of them knows is an error.
     """
@@ -166,10 +167,12 @@ def train_configs(config: SweepConfig) -> Iterator[TrainConfig]:
     for method, options in unused.items():
         unknown = options - for_none
         numbers = {name: value for name, value in config.numbers.items() if name not in unknown}
-        own = {**shared, **dict.fromkeys(unknown - rule_numbers().keys()), "method": method, "numbers": numbers}
+        grid = {name: values for name, values in config.grid.items() if name not in unknown}
+        own = {**shared, **dict.fromkeys(unknown - rule_numbers().keys())}
+        own |= {"method": method, "numbers": numbers, "grid": grid}
         for trial_seed in range(config.n_trials):
             for hparams_seed in range(config.n_hparams):
-                yield TrainConfig(**{**own, "trial_seed": trial_seed, "hparams_seed": hparams_seed})
+                yield from points(TrainConfig(**{**own, "trial_seed": trial_seed, "hparams_seed": hparams_seed}))
 
 
 def engine(config: SweepConfig, jobs: Sequence[SweepJob]) -> Iterator[tuple[Job, BaseException | None]]:
