@@ -82,21 +82,18 @@ def open_predictor(config: ModelConfig) -> Predictor:
     place, device = Path(config.file), pick_device(config.device)
     if (place / MANIFEST).is_file() and (place / "packed" / CONFIG).is_file():
         place = place / "packed"
+    if (place / "config.yaml").is_file() and not is_done(place):
+        raise UserError(f"{place} is not finished: `qtdog train --resume` finishes it")
     if (place / MANIFEST).is_file() or (place / "model.json").is_file():
         if config.require_signature:
             raise UserError(f"{place} is no packed ensemble, and those alone are signed: see `qtdog ensemble`")
-        return of_ensemble(place, device) if (place / MANIFEST).is_file() else of_run(place, device)
+        return of_ensemble(place, device) if (place / MANIFEST).is_file() else of_models([place], "logits", device)
+    if not place.is_file() and not (place / CONFIG).is_file():
+        raise UserError(f"{place} is no run, ensemble or packed ensemble: `qtdog train` and `qtdog ensemble` make them")
     return of_packed(place, config, device)
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
-
-
-def of_run(folder: Path, device: torch.device) -> Predictor:
-    """The selected model of a finished run."""
-    if not is_done(folder):
-        raise UserError(f"{folder} is not finished: `qtdog train --resume` finishes it")
-    return of_models([folder], "logits", device)
 
 
 def of_ensemble(folder: Path, device: torch.device) -> Predictor:

@@ -14,7 +14,7 @@ from qtdog.log import PRINT, Log
 from qtdog.results import table_formats
 from qtdog.results.reported import METRICS, Metric, MetricName
 from qtdog.results.runs import RESULTS, find_runs, read_card
-from qtdog.results.selections import Result, targets_of
+from qtdog.results.selections import Result, sources_of, targets_of
 from qtdog.results.tables import Table, as_json, averages, build_tables
 
 _NUMBER = re.compile(r"env\d+_(in|out)_(\w+)")  # of a domain's part in a record
@@ -44,7 +44,8 @@ def read_ensemble_record(file: Path) -> dict[str, Any]:
     wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
     if not wrong:
         names = [f"env{env}_in_acc" for env in targets_of(record)]
-        names += [f"env{env}_out_acc" for env in range(len(record["domains"])) if env not in targets_of(record)]
+        if not record.get("mix"):  # of several splits, which may hold none out together
+            names += [f"env{env}_out_acc" for env in sources_of(record)]
         wrong = [name for name in names if not isinstance(record.get(name), int | float)]
     if wrong:
         raise UserError(f"{file} is damaged (it lacks {', '.join(wrong)}): {REMEDY}")

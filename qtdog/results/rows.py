@@ -8,7 +8,7 @@ from typing import Any
 
 from qtdog.methods.presets import find_method, place_of
 from qtdog.results.reported import Metric
-from qtdog.results.selections import SELECTIONS, Choice, Result, column_of, targets_of
+from qtdog.results.selections import SELECTIONS, Choice, Result, column_of, sources_of, targets_of
 from qtdog.results.statistics import Cell
 from qtdog.results.variants import best_draws, described, point_of, settings_of
 
@@ -105,10 +105,11 @@ def ensemble_row(key: Key, ensembles: Sequence[dict[str, Any]], metric: Metric) 
     sources: Values = defaultdict(lambda: defaultdict(list))
     for record in ensembles:
         left_out, trial = targets_of(record), record["trial_seed"]
-        others = [env for env in range(len(record["domains"])) if env not in left_out]
         column = column_of(record["domains"], left_out)
         targets[column][trial].append(metric.of(record, left_out, "in"))
-        sources[column][trial].append(metric.of(record, others, "out"))
+        held_out = [env for env in sources_of(record) if metric.name(env, "out") in record]
+        if held_out:
+            sources[column][trial].append(metric.of(record, held_out, "out"))
         row.models.append(record["members"])
         row.nbytes.append(record["nbytes"])
         row.float_nbytes.append(record["float_nbytes"])

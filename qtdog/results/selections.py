@@ -51,6 +51,12 @@ def targets_of(ensemble: Mapping[str, Any]) -> list[int]:
     return list(ensemble["test_envs"]) if "test_envs" in ensemble else [ensemble["test_env"]]
 
 
+def sources_of(ensemble: Mapping[str, Any]) -> list[int]:
+    """Indices of the domains that an ensemble's members were trained on, from its record."""
+    others = [env for env in range(len(ensemble["domains"])) if env not in targets_of(ensemble)]
+    return list(ensemble.get("source_envs", others))
+
+
 @dataclass(frozen=True)
 class Choice:
     """The checkpoint of a run that a selection takes.

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 import qkernels as qk
 from qtdog.cli import main
 from qtdog.data import load_dataset
+from qtdog.data.image_lists import ImageList
 from qtdog.data.splits import split
 from qtdog.deployment import ensemble
 from qtdog.deployment.ensemble import EnsembleConfig
@@ -14,7 +16,7 @@ from qtdog.errors import UserError
 from qtdog.files import read_records
 from qtdog.results.predictions import combined, predict_images
 from qtdog.results.runs import load_model
-from tiny import write_card
+from tiny import DIGITS, write_card
 
 
 def test_mean_of_logits_is_not_mean_of_probabilities():
@@ -175,3 +177,52 @@ def test_images_are_read_once_for_all_members():
     found = predict_images(member_logits, Images(), torch.device("cpu"))
     assert (found.accuracy, found.member_accuracies) == (0.5, [0.5, 0.5, 0.5]) and len(reads) == 1
     assert found.disagreement.tolist() == [2 / 3] * 4 and found.metrics()["acc"] == 0.5
+
+
+@pytest.mark.slow
+def test_members_of_several_splits_and_draws(digits_dir, tmp_path, capsys):
+    """EoA's way: judged on the whole target, and in the sources on what no member was trained on."""
+    runs = tmp_path / "runs"
+    train = [
+        "train",
+        *DIGITS,
+        "--data-dir",
+        str(digits_dir),
+        "--method",
+        "erm",
+        "--steps",
+        "3",
+        "--output-dir",
+        str(runs),
+    ]
+    for trial in ("0", "1"):
+        for draw in ("0", "1"):
+            extra = [] if draw == "0" else ["--batch-size", "3"]
+            assert (
+                main([*train, "--trial-seed", trial, "--hparams-seed", draw, "--holdout-fraction", "0.5", *extra]) == 0
+            )
+    mixed = ["ensemble", str(runs), "--device", "cpu", "--mix", "trials", "draws"]
+    assert main(mixed) == 0
+    (folder,) = runs.rglob("draws_trials_ensemble")
+    (record,) = read_records(folder / "results.jsonl")
+    members = [Path(member["folder"]) for member in json.loads((folder / "members.json").read_text())["members"]]
+    assert [member.name for member in members] == [
+        "trial0_seed0", "trial0_hparams1_seed0", "trial1_seed0", "trial1_hparams1_seed0"
+    ]  # fmt: skip
+    lists = [ImageList.read(member).images for member in members]
+    dataset = load_dataset("RotatedMNIST", str(digits_dir), None)
+    with torch.no_grad():
+        for env, domain in enumerate(dataset.domains):
+            trained = {i.fingerprint for images in lists for i in images if i.part == "in" and i.domain == domain.name}
+            unseen = [i for i, mark in enumerate(domain.fingerprints()) if env == 0 or mark not in trained]
+            pixels, labels = domain.images(unseen, False), domain.labels[unseen]
+            logits = torch.stack([load_model(member)(pixels) for member in members]).mean(0)
+            part = "in" if env == 0 else "out"
+            assert record[f"env{env}_{part}_acc"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+            assert len(unseen) == len(labels) and (env == 0) == (len(unseen) == 20)
+    assert record["target_accuracy"] == record["env0_in_acc"] and "env0_out_acc" not in record
+    capsys.readouterr()
+    assert main(["eval", str(folder), "--data-dir", str(digits_dir), "--device", "cpu"]) == 0
+    assert "of     20 images  (target;" in capsys.readouterr().out
+    assert main(["collect", str(runs)]) == 0
+    assert "Ensemble of ERM, mixed draws and trials" in capsys.readouterr().out

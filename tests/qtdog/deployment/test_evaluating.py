@@ -100,6 +100,15 @@ def test_changed_pictures_are_refused(run, packed, elsewhere, capsys):
         )
 
 
+def test_what_is_no_model_is_named(run, tmp_path, capsys):
+    assert "is no run, ensemble or packed ensemble" in refused(capsys, tmp_path)
+    begun = shutil.copytree(run, tmp_path / "begun")
+    (begun / "done").unlink()
+    assert "is not finished" in refused(capsys, begun)
+    (begun / "model.json").unlink()
+    assert "is not finished" in refused(capsys, begun)
+
+
 def test_nothing_is_left(run, elsewhere, capsys):
     for image in ImageList.read(run).images:
         if (image.domain, image.part) != ("dark", "in"):
@@ -195,7 +204,7 @@ def test_parquet(run, tmp_path, capsys):
     assert set(columns["domain"]) == {TARGET, *SOURCES} and len(columns["p(red)"]) == 24
 
 
-def test_features(run, pictures, tmp_path, capsys):
+def test_features(run, packed, tmp_path, capsys):
     file = tmp_path / "tints.npz"
     assert main(["features", str(run), "--output", str(file), "--device", "cpu"]) == 0
     arrays = np.load(file)
@@ -207,11 +216,11 @@ def test_features(run, pictures, tmp_path, capsys):
         logits = head(model)(torch.from_numpy(arrays["features"]))
     accuracy = (logits.argmax(1).numpy() == arrays["labels"])[arrays["roles"] == "target"].mean()
     assert accuracy == pytest.approx(read_card(run).target_accuracy)
-    assert main(["features", str(run.parent / "trial0_ensemble"), "--device", "cpu"]) == 2
+    assert main(["features", str(packed.parent), "--device", "cpu"]) == 2
     assert "is no single run" in capsys.readouterr().err
 
 
-def test_members_see_the_same_images(picture_runs, elsewhere, tmp_path, capsys):
+def test_members_see_the_same_images(picture_runs, packed, elsewhere, tmp_path, capsys):
     """A seed that was trained on one picture more joins no ensemble; a new picture is left out, a lost one told."""
     runs = shutil.copytree(picture_runs, tmp_path / "runs")
     ensemble = ["ensemble", str(runs), "--data-dir", str(elsewhere), "--device", "cpu"]

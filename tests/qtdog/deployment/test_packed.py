@@ -63,7 +63,7 @@ def test_predict(packed, pictures, capsys):
     "arguments, message",
     [
         (["eval"], "name a run, an ensemble, or a packed ensemble"),
-        (["eval", "nowhere"], "is no packed ensemble: it has no config.json"),
+        (["eval", "nowhere"], "nowhere is no run, ensemble or packed ensemble"),
         (["predict", "{packed}"], "name the images"),
         (["predict", "{packed}", "nothing.png"], "nothing.png is not a file"),
         (["predict", "{packed}", "{packed}/config.json"], "cannot read the image"),
