@@ -118,7 +118,7 @@ class Ensemble:
 
     Args:
         packed: the models in one, if they are quantized.
-        images: every image that they know, as the list lies beside the packed file; None if one of them does not say.
+        images: every image that they know; None if one of them does not say.
         parts: env0_in, env0_out, env1_in, ...: no member was trained on a source's out part, nor on a target.
     """
 
@@ -190,7 +190,7 @@ class Ensemble:
             seeds = [member.run.seed for _, member in self.members]
             self.packed.save(folder / "packed", accuracy=accuracy, seeds=seeds)
             if self.images is not None:
-                self.images.write(folder / "packed")
+                self.images.without_names().write(folder / "packed")
         seal(folder, ["members.json", RESULTS])
         targets = [judged[f"env{env}_in"].member_accuracies for env in self.card.run.test_envs]
         singles = ", ".join(f"{100 * fmean(one):.1f}" for one in zip(*targets, strict=True))

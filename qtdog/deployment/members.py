@@ -84,6 +84,6 @@ def told(folder: Path, first_folder: Path) -> str:
 
 
 def images_of_members(members: Sequence[Member]) -> ImageList | None:
-    """Every image that they know, as it lies beside their packed file; None if one of them does not say."""
+    """Every image that they know, and whether one of them was trained on it; None if one of them does not say."""
     lists = [images for folder, _ in members if (images := ImageList.read(folder)) is not None]
-    return merged(lists, members[0][1].targets).without_names() if len(lists) == len(members) else None
+    return merged(lists, members[0][1].targets) if len(lists) == len(members) else None
