@@ -6,12 +6,10 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import torch
-import yaml
 
 import qkernels as qk
 from qtdog import plugins
@@ -37,6 +35,7 @@ from qtdog.methods.numbers import Number, dashed
 from qtdog.methods.presets import PROTOCOLS, method_names
 from qtdog.results.collect import CollectConfig, collect
 from qtdog.results.comparison import CompareConfig, compare
+from qtdog.settings import with_settings
 from qtdog.training.jobs import train_all
 from qtdog.training.sweep import SweepConfig, sweep
 
@@ -61,9 +60,16 @@ class Command:
         """Those numbers, where the command takes them."""
         return rule_numbers() if issubclass(self.settings, TrainConfig) else {}
 
+    def hints(self) -> dict[str, Any]:
+        """The types of all these, as a file of settings has them."""
+        annotated, numbers = get_type_hints(self.settings, include_extras=True), self.numbers()
+        own = {field.name: get_args(annotated[field.name])[0] for field in self.fields()}
+        own |= {name: number.type | None for name, (_, number) in numbers.items()}
+        return {name: or_several(hint) if numbers and takes_several(name) else hint for name, hint in own.items()}
+
     def settle(self, given: Mapping[str, Any]) -> Any:
         """Its settings, from the values of its flags; several values of one that takes them go to the grid."""
-        settings = {field.name: given[field.name] for field in self.fields()}
+        settings = {field.name: given[field.name] for field in self.fields() if field.name in given}
         if numbers := self.numbers():
             several = [name for name in (*settings, *numbers) if takes_several(name) and isinstance(given[name], tuple)]
             settings["grid"] = {name: list(given[name]) for name in several if len(given[name]) != 1}
@@ -328,9 +334,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         plugins.load_installed()
         files = values_of("--plugin", arguments)  # must have run before there can be a parser of all flags
         plugins.load(files)
-        for file in values_of("--config", arguments):
-            check_settings(file)
-        parsed = build_parser().parse_args(listed([with_dashes(argument) for argument in arguments]))
+        spelled = [with_dashes(argument) for argument in arguments]
+        named = " ".join(spelled[: 2 if spelled[:1] and spelled[0] in GROUPS else 1])
+        if named in COMMANDS:
+            spelled = with_settings(spelled, named, COMMANDS[named].hints())
+        parsed = build_parser().parse_args(listed(spelled))
         name, given = parsed.command, parsed[parsed.command]
         if name in GROUPS:
             name, given = f"{name} {given.action}", given[given.action]
@@ -390,23 +398,27 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
         action="append",
         help="file that adds methods, data sets, ...: docs/extending.md; may be given again",
     )
-    hints = get_type_hints(command.settings, include_extras=True)
+    annotated, hints = get_type_hints(command.settings, include_extras=True), command.hints()
     names_known = {"method": method_names(), "dataset": PROTOCOLS, **PARTS}
     names_known |= {"methods": names_known["method"], "datasets": names_known["dataset"]}
     groups: dict[str, Any] = {}
     for field in command.fields():
-        hint, text, *titles = get_args(hints[field.name])
+        _, text, *titles = get_args(annotated[field.name])
+        hint = hints[field.name]
         if field.name in names_known:  # plug-ins' among them
             text = f"{text}: {', '.join(names_known[field.name])}"
         group: Any = parser
         for title in titles:
             group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         if command.numbers() and takes_several(field.name):
-            hint, text = or_several(hint), text + SEVERAL
+            text += SEVERAL
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         flags = [f"--{dashed(field.name)}"] + (["--seed"] if field.name == "seeds" else [])
         if field.name in command.positional:
-            parser.add_argument(field.name, nargs="*" if hint == list[str] else "?", default=default, help=text)
+            # A default would stand before what a file of settings says.
+            text += f" (default: {default})" if default else ""
+            several = "*" if hint == list[str] else "?"
+            parser.add_argument(field.name, nargs=several, default=argparse.SUPPRESS, help=text)
         elif hint is bool:
             group.add_argument(*flags, action="store_true", help=text)
         elif get_origin(hint) is list:
@@ -415,37 +427,8 @@ def command_parser(command: Command) -> jsonargparse.ArgumentParser:
             group.add_argument(*flags, type=hint, default=default, help=text)
     for name, (title, number) in command.numbers().items():
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        hint = or_several(number.type | None)
-        group.add_argument(f"--{dashed(name)}", type=hint, default=None, help=number.help + SEVERAL)
+        group.add_argument(f"--{dashed(name)}", type=hints[name], default=None, help=number.help + SEVERAL)
     return parser
-
-
-def check_settings(file: str) -> None:
-    """UserError for a --config that holds no settings of a command, which the parser would tell less clearly."""
-    if not Path(file).is_file():
-        raise UserError(f"--config {file} is not a file")
-    try:
-        settings = yaml.safe_load(Path(file).read_bytes())
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--config {file} is not YAML in UTF-8: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {file} holds no settings: write `name: value` in each line")
-    if "config" in settings:
-        raise UserError(f"--config {file} names another file of settings: give both files")
-    if {"test_env", "seed", "quantization"} <= settings.keys():
-        raise UserError(
-            f"--config {file} is the record of one run, not settings of a command: `--test-envs {settings['test_env']} "
-            f"--seed {settings['seed']}` with the flags that it was trained with train it again"
-        )
-    lists = {
-        field.name
-        for command in COMMANDS.values()
-        for field in command.fields()
-        if get_origin(get_args(get_type_hints(command.settings, include_extras=True)[field.name])[0]) is list
-    }
-    for name in lists & settings.keys():
-        if not isinstance(settings[name], list):
-            raise UserError(f"--config {file}: {name} must be a list, as in `{name}: [{settings[name]}]`")
 
 
 def how_to_resume(arguments: Sequence[str]) -> str:

@@ -9,9 +9,7 @@ import yaml
 
 from qtdog import cli, environment
 from qtdog.cli import main
-from qtdog.config import TrainConfig
 from qtdog.errors import UserError
-from qtdog.methods.presets import settle
 from qtdog.results.runs import read_card
 from tiny import DIGITS, ICON_STYLES, make_pictures
 
@@ -124,35 +122,6 @@ def test_flags_and_yaml_fill_the_same_settings(monkeypatch, tmp_path):
     assert (seen[3].steps, seen[3].seeds, seen[3].trial_seed) == (80, [5], 2)
     file.write_text("stepz: 3")
     assert main(["train", "--config", str(file)]) == 2
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"", "holds no settings"),
-        (b"5", "holds no settings"),
-        (b"steps: [1", "is not YAML in UTF-8"),
-        (b"\xff\xfe\xfd", "is not YAML in UTF-8"),
-        (b"seeds: 3", "seeds must be a list, as in `seeds: [3]`"),
-        (b"test_envs: all", "test_envs must be a list, as in `test_envs: [all]`"),
-        (b"config: other.yaml", "names another file of settings"),
-        (b"data_dir: !!python/object/apply:os.getcwd []", "is not YAML in UTF-8"),
-    ],
-)
-def test_a_file_of_settings_that_holds_none(tmp_path, capsys, content, told):
-    file = tmp_path / "run.yaml"
-    file.write_bytes(content)
-    for arguments in (["--config", str(file)], [f"--config={file}"]):
-        assert main(["train", *arguments]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith(f"qtdog: error: --config {file}") and told in err and err.count("\n") == 1
-
-
-def test_the_record_of_a_run_is_not_a_file_of_settings(tmp_path, capsys):
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(settle(TrainConfig(), test_env=3, seed=7).to_dict()))
-    assert main(["train", "--config", str(file)]) == 2
-    assert "is the record of one run" in (err := capsys.readouterr().err) and "`--test-envs 3 --seed 7`" in err
 
 
 @pytest.mark.parametrize(
