@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from qtdog.data.image_lists import ImageList, difference
 from qtdog.errors import UserError
 from qtdog.files import REMEDY, is_done, read_records, write_json, write_text
 from qtdog.log import PRINT, Log
@@ -76,6 +77,7 @@ def read_folder(place: str, metric: Metric) -> dict[str, Collected]:
     for name, collected in found.items():
         if len({tuple(result.card.domains) for result in collected.results}) > 1:
             raise UserError(f"runs of {name} under {folder} have different domains: collect their folders apart")
+        refuse_other_images(name, collected.results)
         collected.ensembles.extend(record for record in records.values() if record["dataset"] == name)
     return dict(sorted(found.items()))
 
@@ -83,6 +85,16 @@ def read_folder(place: str, metric: Metric) -> dict[str, Collected]:
 def manifests(folder: Path) -> list[Path]:
     """The members.json of the ensembles at any depth."""
     return sorted(folder.rglob("members.json"))
+
+
+def refuse_other_images(name: str, results: Sequence[Result]) -> None:
+    """UserError for runs of one data set that were not trained on the same images."""
+    by_images = {result.card.images: result.folder for result in results if result.card.images is not None}
+    if len(by_images) > 1:
+        first, second, *_ = by_images.values()
+        before, now = ImageList.read(first), ImageList.read(second)
+        how = f" ({difference(before, now)} in the second)" if before and now else ""
+        raise UserError(f"{first} and {second}, of {name}, have different images{how}: collect their folders apart")
 
 
 def refuse_missing(metric: Metric, results: Sequence[Result], ensembles: Mapping[Path, dict[str, Any]]) -> None:

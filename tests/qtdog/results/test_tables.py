@@ -231,3 +231,6 @@ def test_output_dir_and_mixed_domains(trained, tmp_path):
     write_card(run, json.loads((run / "model.json").read_text().replace('"75"', '"76"')))
     with pytest.raises(UserError, match="have different domains"):
         collect.collect(CollectConfig(str(runs)))
+    write_card(run, json.loads((run / "model.json").read_text().replace('"76"', '"75"')) | {"images": "others"})
+    with pytest.raises(UserError, match="of RotatedMNIST, have different images"):
+        collect.collect(CollectConfig(str(runs)))
