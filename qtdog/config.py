@@ -245,12 +245,11 @@ class RunConfig:
         """Inverse of `to_dict`; TypeError or KeyError for what that cannot have made."""
         values = with_targets(values)
         quantization, plugins = values["quantization"], values.get("plugins", [])
+        lists = {"test_envs": values["test_envs"], "sources": values.get("sources", []), "grid": values.get("grid", [])}
         own = {
-            "test_envs": tuple(values["test_envs"]),
             "quantization": checked(Quantization, quantization) if quantization else None,
             "plugins": tuple(checked(Plugin, plugin) for plugin in plugins),
-            "sources": tuple(values.get("sources", [])),
-            "grid": tuple(values.get("grid", [])),
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in lists.items()},
         }
         return checked(cls, {**values, **own})
 

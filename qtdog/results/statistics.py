@@ -65,7 +65,7 @@ def t_within(t: float, degrees: int) -> float:
         total += term
         term *= k / (k + 1) * math.cos(angle) ** 2
     total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
+    return min(2 / math.pi * (angle + total) if odd else total, 1.0)
 
 
 def t_quantile(confidence: float, degrees: int) -> float:

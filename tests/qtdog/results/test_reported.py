@@ -209,7 +209,10 @@ def test_a_grid_is_one_row_chosen_by_source_validation():
         "by last step: lr 5e-05 once, lr 1e-05 once; by oracle: lr 5e-05 once, lr 1e-05 once."
     )
     assert not any("differ in" in note for note in table.notes)
-    assert {row.label for row in build_table([*results, *plain], []).rows} == {"ERM, lr searched", "ERM, lr 0.001"}
+    ensemble = ensemble_record(results[0])
+    assert {row.label for row in build_table([*results, *plain], [ensemble]).rows} == {
+        "ERM, lr searched", "ERM, lr 0.001", "Ensemble of ERM, lr searched"
+    }  # fmt: skip
     loose = [replace(r, card=replace(r.card, config={**r.card.config, "grid": []})) for r in results]
     assert {row.label for row in build_table(loose, []).rows} == {"ERM, lr 1e-05", "ERM, lr 5e-05", "ERM, lr 0.0001"}
 
@@ -237,6 +240,8 @@ def test_grids_are_kept_with_the_settings():
     assert run.to_dict()["grid"] == ["lr", "weight_decay"]
     assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
     assert "grid" not in made_up_run("erm").to_dict()
+    with pytest.raises(TypeError, match="grid cannot be 'lr'"):
+        RunConfig.from_dict({**run.to_dict(), "grid": "lr"})
     assert "grid" not in settings_of(run) and settings_of(run)["lr"] == "searched"
 
 

@@ -23,6 +23,10 @@ def test_students_t_of_a_textbook():
     assert [round(t_quantile(0.95, degrees), 3) for degrees in (1, 2, 3, 30)] == [12.706, 4.303, 3.182, 2.042]
 
 
+def test_rounding_makes_no_probability_of_more_than_one():
+    assert max(t_within(t, degrees) for degrees in range(1, 40) for t in (30, 80, 100, 1e4)) == 1
+
+
 def test_what_is_no_distribution():
     with pytest.raises(ValueError, match="degrees"):
         t_within(1, 0)
