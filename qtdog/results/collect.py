@@ -105,9 +105,7 @@ def refuse_missing(metric: Metric, results: Sequence[Result], ensembles: Mapping
         if any(not names <= values.keys() for values in (result.card.accuracies, *result.records)):
             lacking.append(result.folder)
     for folder, record in ensembles.items():
-        targets = targets_of(record)
-        parts = [(env, "in" if env in targets else "out") for env in range(len(record["domains"]))]
-        if any(metric.name(env, part) not in record for env, part in parts):
+        if any(metric.name(env, "in") not in record for env in targets_of(record)):
             lacking.append(folder)
     if lacking:
         raise UserError(

@@ -9,7 +9,7 @@ from qtdog.methods.presets import dashed
 from qtdog.results.reported import Metric
 from qtdog.results.rows import Key, Row, in_order
 from qtdog.results.selections import SELECTIONS, Result
-from qtdog.results.variants import described, differing, point_of, settings_of, value_text
+from qtdog.results.variants import described, differing, settings_of, value_text
 
 
 def common_notes(rows: Sequence[Row], metric: Metric, left_out: int = 1) -> list[str]:
@@ -58,7 +58,7 @@ def grid_notes(label: str, rows: Sequence[Row], results: Sequence[Result]) -> li
     """Over which values hyper-parameters were searched, and how often each selection took which."""
     values: dict[str, set[Any]] = defaultdict(set)
     for result in results:
-        for name, value in point_of(result.card.run).items():
+        for name, value in result.card.run.point().items():
             values[name].add(value)
     if not values:
         return []

@@ -10,7 +10,7 @@ from qtdog.methods.presets import find_method, place_of
 from qtdog.results.reported import Metric
 from qtdog.results.selections import SELECTIONS, Choice, Result, column_of, sources_of, targets_of
 from qtdog.results.statistics import Cell
-from qtdog.results.variants import best_draws, described, point_of, settings_of
+from qtdog.results.variants import best_draws, described, settings_of
 
 Key = tuple[str, str]  # a method and a variant of it
 Values = dict[str, dict[int, list[float]]]  # column, trial, seeds
@@ -72,7 +72,7 @@ def single_row(
         row.models.append(1)
         row.nbytes.append(card.nbytes)
         row.float_nbytes.append(card.float_nbytes)
-        if point := point_of(card.run):
+        if point := card.run.point():
             row.points.append(point)
     row.cells, row.in_domain = cells(targets), cells(sources)
     return row if choices else None
@@ -86,7 +86,7 @@ def chosen(selection: str, results: Sequence[Result], wider: Sequence[Result]) -
 
     def draw(result: Result) -> tuple[Any, ...]:
         run = result.card.run
-        return run.trial_seed, run.seed, run.hparams_seed, *point_of(run).items()
+        return run.trial_seed, run.seed, run.hparams_seed, *run.point().items()
 
     beside: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for result in wider:

@@ -13,24 +13,13 @@ T = TypeVar("T")
 
 # What may differ within a row: where the data lies, and what a row is the mean over or has its columns for.
 _WITHIN_A_ROW = {"data_dir", "test_env", "test_envs", "trial_seed", "seed", "hparams_seed", "grid"}
-_FOLLOWS = {"average_start": "switch_step"}  # unless it is given
 SEARCHED = "searched"  # stands for the value of a setting that the points of a grid differ in
 
 
 def settings_of(run: RunConfig) -> dict[str, Any]:
     """What makes runs of a row alike, by the names of the flags; of a grid's points all but what was searched."""
-    values = run.settings()
-    searched = set(run.grid)
-    searched |= {name for name, leader in _FOLLOWS.items() if leader in run.grid and values.get(name) == values[leader]}
-    return {
-        name: SEARCHED if name in searched else value for name, value in values.items() if name not in _WITHIN_A_ROW
-    }
-
-
-def point_of(run: RunConfig) -> dict[str, Any]:
-    """Where in its grid a run lies: the values of the settings that were searched; empty for one of no grid."""
-    values = run.settings()
-    return {name: values.get(name) for name in run.grid}
+    values = {name: value for name, value in run.settings().items() if name not in _WITHIN_A_ROW}
+    return values | dict.fromkeys(run.grid, SEARCHED)
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
@@ -66,7 +55,7 @@ def distinguishing_settings(runs: Iterable[tuple[Path, str, RunConfig]]) -> dict
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for (_, method, *_), claimants in places.items():
         settings = [settings_of(run) for _, run in claimants]
-        whole = [(each, point_of(run)) for each, (_, run) in zip(settings, claimants, strict=True)]
+        whole = [(each, run.point()) for each, (_, run) in zip(settings, claimants, strict=True)]
         for i, each in enumerate(whole):
             if each in whole[:i]:
                 first, second = claimants[whole.index(each)][0], claimants[i][0]

@@ -240,3 +240,40 @@ def test_the_same_numbers_of_runs_that_were_trained(method, flags, digits_dir, t
             ("RotatedMNIST", label, 0, trial): pytest.approx(value / 100)
             for trial, value in rows[selection].cells["0"].trials.items()
         }
+
+
+@pytest.mark.slow
+def test_the_same_numbers_of_a_sweep_with_pairs_of_targets(digits_dir, tmp_path):
+    assert main(["sweep", *DIGITS[2:], "--data-dir", str(digits_dir), "--datasets", "ColoredMNIST", "--methods", "erm",
+                 "--test-envs", "0", "0+1", "0+2", "--n-trials", "1", "--output-dir", str(tmp_path), "--steps", "4",
+                 "--checkpoint-freq", "1", "--eval-train-images", "2"]) == 0  # fmt: skip
+    collected = read_folder(str(tmp_path), ACCURACY)["ColoredMNIST"]
+    one, two = build_tables(collected.results, [])
+    assert len(one.rows) == 4 and two.columns == ["+90%++80%", "+90%+-90%"]
+    for row in one.rows:
+        if row.selection in THEIRS:
+            theirs = domainbeds_accuracies(tmp_path, row.selection)["ColoredMNIST", "ERM", 0, 0]
+            assert row.cells["+90%"].trials == {0: pytest.approx(100 * theirs)}
+
+
+@pytest.mark.slow
+def test_a_grid_that_was_trained_is_one_row(digits_dir, tmp_path, capsys):
+    grid = ["--lr", "1e-3", "1e-2", "--swad-ratio", "1.2", "1.5"]
+    assert main(["train", *DIGITS, "--data-dir", str(digits_dir), "--method", "qtdog+swad", "--steps", "6",
+                 "--output-dir", str(tmp_path), "--checkpoint-freq", "1", "--eval-train-images", "2",
+                 "--switch-step", "1", "--swad-converge", "1", "--swad-tolerance", "1", *grid]) == 0  # fmt: skip
+    assert main(["collect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    (row,) = [line for line in out.splitlines() if "source validation  " in line]
+    assert row.startswith("QT-DoG + SWAD  source validation")
+    assert re.search(
+        r"QT-DoG \+ SWAD: searched over lr of 0.001, 0.01 and swad-ratio of 1.2, 1.5. Chosen by source", out
+    )
+    ours = read_folder(str(tmp_path), ACCURACY)["RotatedMNIST"].results
+    best = max(ours, key=lambda result: result.card.source_validation_accuracy)
+    cell = build_tables(ours, [])[0].rows[0].cells["0"].mean / 100
+    assert cell in [
+        r.card.target_accuracy
+        for r in ours
+        if r.card.source_validation_accuracy == best.card.source_validation_accuracy
+    ]

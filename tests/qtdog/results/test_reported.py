@@ -87,6 +87,21 @@ def test_cells_and_summaries(name):
     assert ("greatest" if worst is max else "smallest") in table.notes[1]
 
 
+def test_ensembles_go_by_the_sources_that_hold_images_out():
+    """Those that were chosen; members of several trials may hold none out together."""
+    record = ensemble_record(results_of()[0])
+
+    def in_domain(**changes):
+        row = build_table(results_of(), [{**record, **changes}], METRICS["ece"]).rows[1]
+        return {column: cell.mean for column, cell in row.in_domain.items()}
+
+    assert in_domain(source_envs=[2]) == {"+90%": 100 * record["env2_out_ece"]}
+    del record["env1_out_ece"]
+    assert in_domain() == {"+90%": 100 * record["env2_out_ece"]}
+    del record["env2_out_ece"]
+    assert in_domain() == {}
+
+
 def test_worst_needs_all_columns():
     results = [r for r in results_of() if (r.targets, r.card.run.trial_seed) != ([1], 1)]
     row = (table := build_table(results, [])).rows[0]
@@ -228,13 +243,6 @@ def test_a_grid_beside_random_draws():
     assert any("by source validation: lr 1e-05 once, lr 5e-05 once" in note for note in table.notes)
 
 
-def test_what_follows_a_searched_setting_makes_no_rows():
-    runs = [made_up_run("qtdog+swad", switch_step=step, grid=("switch_step",)) for step in (1000, 2000)]
-    assert [run.averaging["average_start"] for run in runs] == [1000, 2000]
-    results = [made_up_result(run, random_numbers(), Path(str(i))) for i, run in enumerate(runs)]
-    assert {row.label for row in build_table(results, []).rows} == {"QT-DoG + SWAD"}
-
-
 def test_grids_are_kept_with_the_settings():
     run = made_up_run("erm", grid=("lr", "weight_decay"))
     assert run.to_dict()["grid"] == ["lr", "weight_decay"]
@@ -295,6 +303,18 @@ def test_runs_of_an_earlier_version_lack_metrics(runs, capsys):
     error = capsys.readouterr().err
     assert f"--metric ece is not in the results of {old}, of an earlier version" in error and "train" in error
     assert main(["collect", str(runs)]) == main(["collect", str(runs), "--metric", "worst"]) == 0
+
+
+def test_an_ensemble_that_holds_no_image_out_has_every_metric(runs):
+    (result, *_) = results_of()
+    record = {name: value for name, value in ensemble_record(result).items() if "_out_" not in name}
+    (runs / "mixed").mkdir()
+    (runs / "mixed" / "members.json").touch()
+    write_records(runs / "mixed" / "results.jsonl", [{**record, "mix": ["trials"]}])
+    assert main(["collect", str(runs), "--metric", "ece"]) == 0
+    (one, _) = json.loads((runs / "table_ece.json").read_text())["tables"]
+    (ensemble,) = [row for row in one["rows"] if row["label"].startswith("Ensemble")]
+    assert ensemble["cells"]["+90%"]["mean"] == 100 * record["env0_in_ece"] and ensemble["in_domain"] == {}
 
 
 def test_records_of_an_earlier_version_in_a_run_that_went_on(runs, capsys):
