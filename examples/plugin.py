@@ -15,6 +15,7 @@ from qtdog.plugins import DomainSet, Loss, Method, StepRule, TensorDomain, numbe
 class VREx(Loss):
     """The mean of the domains' losses, and their variance as a penalty (Krueger et al. 2021)."""
 
+    least_domains, whole_minibatch = 2, True
     vrex_penalty: float = number(1.0, "weight of the variance between the domains' losses", least=0)
 
     def __call__(self, model, minibatches):

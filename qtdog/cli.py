@@ -53,7 +53,7 @@ class Command:
 
     def fields(self) -> list[dataclasses.Field[Any]]:
         """The settings that a user may give, but for the numbers of the methods' rules."""
-        hidden = {*self.hidden, "numbers", "grid"}
+        hidden = self.hidden | ({"numbers", "grid"} if issubclass(self.settings, TrainConfig) else set())
         return [field for field in dataclasses.fields(self.settings) if field.name not in hidden]
 
     def numbers(self) -> dict[str, tuple[str, Number]]:

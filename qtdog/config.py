@@ -5,7 +5,7 @@ of other subcommands stand beside the functions that these call.
 `RunConfig` is one run with every number settled; it is stored beside the run's results.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,8 @@ INQ_FRACTIONS = (0.5, 0.75, 0.875, 1.0)  # of a layer's weights, frozen at equal
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Granularity = Literal["channel", "tensor"]
+Sampling = Literal["uniform", "balanced"]
+Schedule = Literal["constant", "cosine"]
 
 
 @dataclass
@@ -61,8 +63,20 @@ class TrainConfig:
     steps: Annotated[int | None, "number of updates"] = None
     checkpoint_freq: Annotated[int | None, "steps between evaluations, each of which also saves a checkpoint"] = None
     batch_size: Annotated[int | None, "images of each source domain in a minibatch"] = None
+    sampling: Annotated[
+        Sampling | None,
+        "how a domain's part of a minibatch is drawn, with replacement: `uniform`, every image equally likely (as in "
+        "DomainBed), or `balanced`, every class that occurs equally likely",
+    ] = None
+    accumulate: Annotated[
+        int | None, "pieces in which a minibatch is computed, one after the other, for want of memory"
+    ] = None
     lr: Annotated[float | None, "learning rate of Adam for weights, norm layers and head"] = None
     weight_decay: Annotated[float | None, "weight decay of Adam (scales are never decayed)"] = None
+    schedule: Annotated[
+        Schedule | None, "of all learning rates: `constant`, or `cosine`, which falls to nearly 0 until the last step"
+    ] = None
+    warmup_steps: Annotated[int | None, "steps in which all learning rates grow to their whole, in proportion"] = None
     holdout_fraction: Annotated[float, "share of every domain in its out part, the validation images"] = 0.2
     eval_train_images: Annotated[
         int | None, "source training images evaluated per domain at a checkpoint (None: all); less is faster"
@@ -94,7 +108,9 @@ class TrainConfig:
         "MNIST_CNN (DomainBed's) or SMALL_CNN, of a fortieth of its work (the MNIST sets); any timm model (pictures), "
         "`resnet-50` and `deit-s` are the papers'",
     ] = None
-    weights: Annotated[str | None, "`timm` (its pretrained weights), `none`, or a local .safetensors file"] = None
+    weights: Annotated[
+        str | None, "`timm` (its pretrained weights), `none`, a .safetensors file, or the folder of a finished run"
+    ] = None
     image_size: Annotated[int | None, "side in pixels of the network's input (default: the backbone's own)"] = None
     dropout: Annotated[float | None, "dropout before the head of a timm model"] = None
     freeze_bn: Annotated[bool | None, "keep BatchNorm statistics as pretrained; scale and bias are trained"] = None
@@ -205,6 +221,10 @@ class RunConfig:
     precision: Precision = "float32"
     plugins: tuple[Plugin, ...] = ()
     sources: tuple[int, ...] = ()  # indices of the source domains, if they are not all but the targets
+    sampling: Sampling = "uniform"
+    accumulate: int = 1
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
     grid: tuple[str, ...] = ()  # the settings that were given several values, by the names of the flags
 
     def source_envs(self, domains: int) -> list[int]:
@@ -218,17 +238,13 @@ class RunConfig:
         return regular + (last % self.checkpoint_freq != 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for YAML and JSON."""
-        values = asdict(self)
-        for name in ("test_envs", "plugins", "sources", "grid"):
-            values[name] = list(values[name])
-            if not values[name]:
-                del values[name]
-        return values
+        """Plain types, for YAML and JSON. What is in `LATER` and as it is there is left out."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
     def settings(self) -> dict[str, Any]:
-        """All values by the names of their flags, without the groups they belong to."""
-        values = self.to_dict()
+        """All values by the names of their flags, without the groups they belong to; no plug-ins or grid if none."""
+        values = {name: value for name, value in LATER.items() if value != []} | self.to_dict()
         if self.plugins:
             values["plugins"] = ", ".join(str(plugin) for plugin in self.plugins)
         for group in ("quantization", "loss", "step", "averaging"):
@@ -261,3 +277,12 @@ def with_targets(values: dict[str, Any]) -> dict[str, Any]:
     return {name if name != "test_env" else "test_envs": value for name, value in values.items()} | {
         "test_envs": [values["test_env"]]
     }
+
+
+# Settings that runs of earlier versions do not know, and what they had. Where a run has that, it is not stored, so that
+# such runs resume, and sweeps find them by the hash of their settings.
+LATER: dict[str, Any] = {
+    f.name: list(f.default) if isinstance(f.default, tuple) else f.default
+    for f in fields(RunConfig)
+    if f.default is not MISSING and f.name != "precision"  # which has always been stored
+}

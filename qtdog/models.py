@@ -169,17 +169,33 @@ def style_layers(model: nn.Module) -> list[nn.Module]:
     return [inner.get_submodule(names[stride]) for stride in (4, 8, 16)]
 
 
+def head_names(model: nn.Module) -> list[str]:
+    """The names of the layers that turn features into logits; none of a network that does not tell."""
+    classifier = getattr(model, "default_cfg", {}).get("classifier")
+    if classifier is not None:
+        return [classifier] if isinstance(classifier, str) else list(classifier)
+    try:
+        last = head(model)
+    except UserError:
+        return []
+    return [name for name, module in model.named_modules() if module is last]
+
+
 def load_weights(model: nn.Module, file: str, log: Callable[[str], None] = print) -> None:
     """Fill a timm model from a local safetensors file; whatever does not fit is a UserError, but for another head."""
     if not Path(file).is_file():
-        raise UserError(f"--weights {file} is not a file (nor `timm` or `none`)")
+        raise UserError(f"--weights {file} is neither a file nor the folder of a run (nor `timm` or `none`)")
     try:
         loaded = safetensors.torch.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"--weights {file} is not a safetensors file: {error}") from error
+    fill(model, loaded, file, log)
+
+
+def fill(model: nn.Module, loaded: dict[str, Tensor], file: str, log: Callable[[str], None] = print) -> None:
+    """Fill a model with tensors by name, from `file`; whatever does not fit is a UserError, but for another head."""
     own = model.state_dict()
-    classifier = getattr(model, "default_cfg", {})["classifier"]
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    heads = tuple(f"{name}." for name in head_names(model))
     dropped = [k for k in loaded if k.startswith(heads) and k in own and loaded[k].shape != own[k].shape]
     for key in dropped:
         log(f"dropped {key} {list(loaded[key].shape)} of {Path(file).name}: this head is {list(own[key].shape)}")

@@ -35,6 +35,8 @@ class Part:
 class Minibatches(Dataset):
     """Item t: for each source domain, `batch_size` (image, label) pairs drawn with replacement.
 
+    Every image of a part is equally likely, or if `balanced` every class that occurs in it, and of a class every image.
+
     With several processes, each gets its `share` (rank, world_size) of them: the same pairs as one process, divided.
     """
 
@@ -45,8 +47,10 @@ class Minibatches(Dataset):
         seed: int,
         augment: bool = True,
         share: tuple[int, int] = (0, 1),
+        balanced: bool = False,
     ) -> None:
         self.parts, self.batch_size, self.seed, self.augment, self.share = parts, batch_size, seed, augment, share
+        self.likelihoods = {part.env: balanced_likelihoods(part.labels()) for part in parts} if balanced else {}
 
     def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]] | UserError:
         # An exception from a worker process would arrive wrapped in its traceback: hand a user's error over as a value.
@@ -64,7 +68,10 @@ class Minibatches(Dataset):
         positions = range(rank, self.batch_size, world_size)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_hash(self.seed, part.env, step))
-            drawn = torch.randint(len(part.indices), (self.batch_size,)).tolist()
+            if part.env in self.likelihoods:
+                drawn = torch.multinomial(self.likelihoods[part.env], self.batch_size, replacement=True).tolist()
+            else:
+                drawn = torch.randint(len(part.indices), (self.batch_size,)).tolist()
             indices = [part.indices[drawn[position]] for position in positions]
             if not self.augment:
                 return part.domain.images(indices, False), part.domain.labels[indices]
@@ -76,6 +83,12 @@ class Minibatches(Dataset):
             return torch.cat(images), part.domain.labels[indices]
 
 
+def balanced_likelihoods(labels: Tensor) -> Tensor:
+    """float64 [N]: how likely each image of labels int64 [N] is drawn, so that every class is equally likely."""
+    classes, counts = labels.unique(return_counts=True)
+    return 1 / counts.double()[torch.searchsorted(classes, labels)] / len(classes)
+
+
 def training_batches(
     parts: Sequence[Part],
     batch_size: int,
@@ -85,10 +98,11 @@ def training_batches(
     workers: int,
     augment: bool = True,
     share: tuple[int, int] = (0, 1),
+    balanced: bool = False,
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """The minibatches of steps start..stop-1, in order."""
     loader = DataLoader(
-        Minibatches(parts, batch_size, seed, augment, share),
+        Minibatches(parts, batch_size, seed, augment, share, balanced),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,

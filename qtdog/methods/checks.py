@@ -5,6 +5,7 @@ penalty between domains where there is one, an average that never begins, a deci
 makes one rule another, such as a radius of 0, is its user's choice: the log says what it comes to (`same_as`).
 """
 
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from qtdog.config import INQ_FRACTIONS, Quantization, RunConfig
@@ -36,13 +37,37 @@ def check(run: RunConfig, method: Method) -> None:
         raise UserError(f"--eval-train-images must be at least 1, not {run.eval_train_images}")
     check_backbone(run)
     check_numbers(run, method)
-    least = LOSSES[method.loss].least_batch
-    if run.batch_size < least:
-        raise UserError(f"--batch-size must be at least {least} for {method.label}")
+    check_pieces(run, method)
+    if not 0 <= run.warmup_steps < run.steps:
+        raise UserError(
+            f"--warmup-steps must lie between 0 and {run.steps - 1}, so that the run comes to its learning rate, not "
+            f"{run.warmup_steps}"
+        )
     if run.quantization is not None:
         check_quantization(run, run.quantization)
     check_step_rule(run, method)
     check_averaging(run, method)
+
+
+def check_pieces(run: RunConfig, method: Method, processes: int = 1) -> None:
+    """Raises UserError for minibatches that cannot be divided, among processes or in pieces, or not for this loss."""
+    loss, batch, pieces = LOSSES[method.loss], run.batch_size, run.accumulate
+    if pieces < 1:
+        raise UserError(f"--accumulate must be at least 1, not {pieces}")
+    if pieces > 1 and loss.whole_minibatch:
+        raise UserError(
+            f"--accumulate {pieces} would make another loss of {method.label}, which compares whole minibatches: use a "
+            "smaller --batch-size, or --precision bfloat16"
+        )
+    if batch % processes:
+        raise UserError(f"--batch-size {batch} cannot be divided among {processes} processes")
+    each = f"give each{' process' if processes > 1 else ''}{' piece' if pieces > 1 else ''}"
+    if batch // processes % pieces:
+        of_each = " that each process has" if processes > 1 else ""
+        raise UserError(f"--accumulate {pieces} does not divide the {batch // processes} images of a domain{of_each}")
+    if batch // processes // pieces < loss.least_batch:
+        needed = each if processes * pieces > 1 else "be"
+        raise UserError(f"--batch-size must {needed} at least {loss.least_batch} for {method.label}")
 
 
 def check_backbone(run: RunConfig) -> None:
@@ -53,8 +78,10 @@ def check_backbone(run: RunConfig) -> None:
         raise UserError(f"--backbone {run.backbone} does not take {run.dataset} images: use {fitting}")
     if is_digits:
         for name, none in _NOT_FOR_DIGITS.items():
-            if getattr(run, name) != none:
-                raise UserError(f"--{dashed(name)} has no meaning for {run.backbone}: leave it out")
+            a_run = name == "weights" and Path(run.weights).is_dir()
+            if getattr(run, name) != none and not a_run:
+                but = ", but for the folder of a finished run" if name == "weights" else ": leave it out"
+                raise UserError(f"--{dashed(name)} has no meaning for {run.backbone}{but}")
 
 
 def check_numbers(run: RunConfig, method: Method) -> None:
@@ -143,18 +170,17 @@ def check_minibatch(run: RunConfig, method: Method, domains: int, processes: int
         domains: how many source domains there are.
         processes: among which each minibatch is divided.
     """
-    loss, batch = LOSSES[method.loss], run.batch_size
+    loss = LOSSES[method.loss]
     if domains < loss.least_domains:
         raise UserError(
             f"{method.label} needs {loss.least_domains} source domains, here "
             f"{'is' if domains == 1 else 'are'} {domains}: with fewer it is another method, so name that one"
         )
-    if batch % processes:
-        raise UserError(f"--batch-size {batch} cannot be divided among {processes} processes")
-    least = max(loss.least_batch, -(-loss.least_images // max(domains, 1)))
-    if batch // processes < least:
-        each = "give each process" if processes > 1 else "be"
-        raise UserError(f"--batch-size must {each} at least {least} for {method.label}")
+    check_pieces(run, method, processes)
+    if domains * (run.batch_size // processes // run.accumulate) < loss.least_images:
+        raise UserError(
+            f"{method.label} needs {loss.least_images} images that it computes together: use a larger --batch-size"
+        )
 
 
 def remarks(run: RunConfig, method: Method, domains: int) -> list[str]:

@@ -69,6 +69,7 @@ _QUANTIZATION: dict[str, Any] = {
     **{f.name: f.default for f in fields(Quantization) if f.default is not MISSING and f.name != "quantizer"},
     **{"switch_step": 2000, "weight_bits": 7, "granularity": "channel"},
 }
+_LOOP: dict[str, Any] = {"sampling": "uniform", "accumulate": 1, "schedule": "constant", "warmup_steps": 0}
 _DIGITS: dict[str, Any] = {
     "steps": 5001,
     "checkpoint_freq": 100,
@@ -82,6 +83,7 @@ _DIGITS: dict[str, Any] = {
     "augmentation": "none",
     "precision": "float32",
     "scale_lr": 1e-5,
+    **_LOOP,
     **_QUANTIZATION,
 }
 _PHOTOS: dict[str, Any] = {
@@ -97,6 +99,7 @@ _PHOTOS: dict[str, Any] = {
     "augmentation": "qtdog",
     "precision": "float32",
     "scale_lr": 5e-6,
+    **_LOOP,
     **_QUANTIZATION,
 }
 _DOMAIN_NET: dict[str, Any] = {**_PHOTOS, "steps": 15001, "checkpoint_freq": 1000, "switch_step": 8000}

@@ -29,6 +29,19 @@ from qtdog.models import unwrapped
 Loss = Callable[[], Tensor]
 
 
+class InPieces:
+    """A minibatch's loss as the mean of those of its pieces, which are of one size.
+
+    Called, it is the whole; `backward` computes a piece after the other, so that memory for one is enough.
+    """
+
+    def __init__(self, pieces: Sequence[Loss]) -> None:
+        self.pieces = pieces
+
+    def __call__(self) -> Tensor:
+        return torch.stack([piece() for piece in self.pieces]).mean()
+
+
 @dataclass
 class StepRule:
     """One update of `optimizer`'s parameters. A rule that remembers something between steps stores it by state_dict."""
@@ -291,11 +304,18 @@ class Disorder:
 
 
 def backward(loss: Loss, scaler: GradScaler | None, share: float = 1.0) -> Tensor:
-    """Add `share` of the loss's gradients, times the scaler's scale, to the parameters'; returns the loss, detached."""
-    value = loss()
-    shared = value if share == 1 else share * value
-    (shared if scaler is None else scaler.scale(shared)).backward()
-    return value.detach()
+    """Add `share` of the loss's gradients, times the scaler's scale, to the parameters'; returns the loss, detached.
+
+    Of a loss `InPieces`, piece by piece.
+    """
+    pieces = loss.pieces if isinstance(loss, InPieces) else [loss]
+    factor, values = share / len(pieces), []
+    for piece in pieces:
+        value = piece()
+        shared = value if factor == 1 else factor * value
+        (shared if scaler is None else scaler.scale(shared)).backward()
+        values.append(value.detach())
+    return torch.stack(values).mean() if len(values) > 1 else values[0]
 
 
 def update(optimizer: Optimizer, scaler: GradScaler | None) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from qkernels import remove_leftovers
 from qtdog import distributed
-from qtdog.config import RunConfig, with_targets
+from qtdog.config import LATER, RunConfig, with_targets
 from qtdog.errors import UserError
 from qtdog.files import DONE, REMEDY, is_done, read_sealed, write_text
 from qtdog.results.runs import SEALED
@@ -152,5 +152,4 @@ def read_config(file: Path) -> dict[str, Any]:
 def without_places(values: dict[str, Any]) -> dict[str, Any]:
     """All settings of a run, also those left out, wherever its data lies; its plug-ins by what is in them."""
     values = {name: value for name, value in with_targets(values).items() if name != "data_dir"}
-    plugins = [plugin["sha256"][:8] for plugin in values.get("plugins", [])]
-    return {"grid": [], "sources": [], **values, "plugins": plugins}
+    return {**LATER, **values, "plugins": [plugin["sha256"][:8] for plugin in values.get("plugins", [])]}

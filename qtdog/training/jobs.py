@@ -29,6 +29,7 @@ from qtdog.training.evaluation import domain_parts
 from qtdog.training.facts import facts
 from qtdog.training.folders import prepare_folder, sole_owner
 from qtdog.training.progress import Progress, clock
+from qtdog.training.starting import check_start
 from qtdog.training.tasks import parse_tasks
 from qtdog.training.trainer import train
 
@@ -116,6 +117,7 @@ def plan(config: TrainConfig) -> list[Job]:
         raise UserError(f"--seeds must be different numbers, not {seeds}")
     check_jobs(config.jobs)
     templates = [plugins.remembered(settle(point, test_env=0, seed=seed)) for point in points(config) for seed in seeds]
+    check_start(templates[0])
     pick_device(config.device)
     prepared = preprocessing(templates[0].backbone, templates[0].image_size)
     processes = config.jobs * distributed.local_world_size()
@@ -130,6 +132,8 @@ def plan(config: TrainConfig) -> list[Job]:
             trained_on = len(run.source_envs(len(domains)))
             check_minibatch(run, find_method(run.method), trained_on, distributed.world_size())
             folder = run_folder(config.output_dir, dataset.name, task_of(domains, run), run)
+            if folder.resolve() == Path(run.weights).resolve():
+                raise UserError(f"--weights {run.weights} is where this run goes: use another --output-dir")
             job = Job(run, folder, config.device, workers)
             if distributed.is_first():
                 prepare(job, config)

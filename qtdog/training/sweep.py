@@ -32,6 +32,7 @@ from qtdog.methods.presets import composed, find_method, meaningless, seeds_of, 
 from qtdog.results.runs import read_card, task_of
 from qtdog.training.folders import TrainedElsewhere, is_claimed, sole_owner
 from qtdog.training.jobs import Job, check_jobs, run_each
+from qtdog.training.starting import check_start
 from qtdog.training.tasks import parse_tasks
 
 STATES = ("done", "running", "interrupted", "failed", "missing")
@@ -136,6 +137,7 @@ def jobs_of(config: SweepConfig) -> list[SweepJob]:
                 for seed in range(config.members) if config.members else seeds_of(train_config):
                     run = replace(settle(train_config, 0, seed), test_envs=targets, sources=sources)
                     run = plugins.remembered(run)
+                    check_start(run)
                     check_minibatch(run, find_method(run.method), len(run.source_envs(len(domains))))
                     key = key_of(run, title)
                     folder = Path(config.output_dir) / key

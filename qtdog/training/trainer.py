@@ -4,8 +4,9 @@ import datetime
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from qtdog.log import Log
 from qtdog.methods.algorithms import LOSSES
 from qtdog.methods.averaging import AVERAGING, holding
 from qtdog.methods.presets import find_method
-from qtdog.methods.steps import STEPS
+from qtdog.methods.steps import STEPS, InPieces, unsynchronized
 from qtdog.models import build_model, train_mode
 from qtdog.results.predictions import of_one, predict_images
 from qtdog.results.runs import CHECKPOINTS, RESULTS, SEALED, ModelCard, on_targets, save_model, task_of
@@ -36,6 +37,8 @@ from qtdog.training.checkpoints import BEFORE, read_checkpoint, remove_checkpoin
 from qtdog.training.evaluation import domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
 from qtdog.training.facts import facts
 from qtdog.training.quantization import may_be_selected, prepare, scale_sizes, switch
+from qtdog.training.schedule import rate_factor, set_rates
+from qtdog.training.starting import start_from_run, starts_from_run
 
 STATISTICS_BATCHES = 20
 
@@ -102,7 +105,10 @@ class Trainer:
         self.images = evaluation_images(run, dataset, parts, workers)
         channels = dataset.image_shape[0]
         size = dataset.image_shape[-1]
-        model = build_model(run.backbone, len(dataset.classes), channels, run.weights, run.dropout, self.log, size)
+        weights = "none" if starts_from_run(run) else run.weights
+        model = build_model(run.backbone, len(dataset.classes), channels, weights, run.dropout, self.log, size)
+        if starts_from_run(run):
+            start_from_run(model, run, dataset.name, self.target, self.log)
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.float_nbytes = qk.packed_nbytes(model)
         quantization = run.quantization
@@ -111,6 +117,7 @@ class Trainer:
         self.network = synchronized(self.model, some_unused=quantization is not None)
         scale_lr = quantization.scale_lr if quantization else None
         self.optimizer = torch.optim.Adam(qk.param_groups(model, run.lr, run.weight_decay, scale_lr))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.loss = LOSSES[self.method.loss](**run.loss)
         self.take_step = STEPS[self.method.step](**run.step)
         self.averaging = AVERAGING[self.method.averaging](**run.averaging)
@@ -163,8 +170,9 @@ class Trainer:
         """
         run = self.run
         augment, part = AUGMENTATIONS[run.augmentation].train, (0, 1) if whole else (rank(), world_size())
+        balanced = run.sampling == "balanced"
         for batch in training_batches(
-            self.train_parts, run.batch_size, run.seed, start, stop, self.workers, augment, part
+            self.train_parts, run.batch_size, run.seed, start, stop, self.workers, augment, part, balanced
         ):
             yield [
                 (x.to(self.device, memory_format=torch.channels_last, non_blocking=True), y.to(self.device))
@@ -195,16 +203,25 @@ class Trainer:
 
     def train_on(self, batch: list[tuple[Tensor, Tensor]], step: int) -> float:
         """One update; returns the loss before it."""
-        run = self.run
+        run, size = self.run, len(batch[0][1]) // self.run.accumulate
 
-        def loss() -> Tensor:
+        def loss_of(piece: int) -> Tensor:
             # Dropout's numbers are those of this step: whether or not the run was resumed, and in both passes of SAM.
-            # Each process has other images, so the first alone has the numbers of a run in one process.
-            torch.manual_seed(seed_hash(run.seed, "step", step, *([rank()] if rank() else [])))
-            with torch.autocast(self.device.type, getattr(torch, run.precision), enabled=run.precision != "float32"):
-                return self.loss(self.network, batch)
+            # Each process, and each piece, has other images: the first alone has the numbers of a whole minibatch.
+            others = [rank(), piece] if piece else [rank()] if rank() else []
+            torch.manual_seed(seed_hash(run.seed, "step", step, *others))
+            images = [(x[piece * size : (piece + 1) * size], y[piece * size : (piece + 1) * size]) for x, y in batch]
+            is_last = piece == run.accumulate - 1  # after which processes bring their gradients together
+            with (
+                nullcontext() if is_last else unsynchronized(self.network),
+                torch.autocast(self.device.type, getattr(torch, run.precision), enabled=run.precision != "float32"),
+            ):
+                return self.loss(self.network, images)
 
+        set_rates(self.optimizer, self.rates, rate_factor(run, step))
         torch.manual_seed(seed_hash(run.seed, "step rule", step))
+        pieces = [partial(loss_of, piece) for piece in range(run.accumulate)]
+        loss = InPieces(pieces) if run.accumulate > 1 else pieces[0]
         value = mean(self.take_step(loss, self.network, self.optimizer, self.scaler))
         self.averaging.update(self.model, step)
         return value.item()
@@ -359,7 +376,8 @@ class Trainer:
             save_model(self.folder, self.best["model"], card)
             remove_checkpoints(self.folder, BEFORE)
             seal(self.folder, [*SEALED, *self.take_step.files()])
-        self.log(f"selected: {card.selection}")
+        if self.averaging.summary:
+            self.log(self.averaging.summary)
         self.log(f"selected step {card.selected_step}, target accuracy {card.target_accuracy:.4f}")
         return card
 

@@ -20,14 +20,15 @@ def torchrun(arguments):
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(pictures, tmp_path):
-    """Augmented pictures, frozen BatchNorm, the switch to 4 bits at step 6."""
+@pytest.mark.parametrize("pieces", ["1", "2"])
+def test_two_processes_have_the_losses_of_one(pictures, tmp_path, pieces):
+    """Augmented pictures, frozen BatchNorm, the switch to 4 bits at step 6; in pieces or not."""
     common = ["train", "--dataset", "folder", "--data-dir", str(pictures), "--backbone", "test_resnet", "--weights",
               "none", "--image-size", "16", "--test-envs", "dark", "--device", "cpu", "--steps", "12",
               "--checkpoint-freq", "2", "--switch-step", "6", "--weight-bits", "4", "--batch-size", "4",
               "--num-workers", "0"]  # fmt: skip
     assert main([*common, "--output-dir", str(tmp_path / "one")]) == 0
-    done = torchrun([*common, "--output-dir", str(tmp_path / "two")])
+    done = torchrun([*common, "--accumulate", pieces, "--output-dir", str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr
     one, two = (tmp_path / place / "tints" / "qtdog" / "dark" / "trial0_seed0" for place in ("one", "two"))
     assert done.stdout.count("QT-DoG on tints") == 1 and done.stdout.count("selected step") == 1  # the first one's

@@ -112,7 +112,7 @@ def test_local_weights_that_do_not_fit(tmp_path, spoil, told):
 
 def test_weights_that_are_no_file(tmp_path):
     model = timm.create_model(TINY)
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="is neither a file nor the folder of a run"):
         load_weights(model, str(tmp_path / "none.safetensors"))
     (tmp_path / "bad.safetensors").write_bytes(b"garbage")
     with pytest.raises(UserError, match="is not a safetensors file"):

@@ -12,6 +12,7 @@ import timm
 from qtdog import UserError, load_model, plugins
 from qtdog.cli import main
 from qtdog.config import TrainConfig
+from qtdog.methods.checks import check_minibatch
 from qtdog.methods.presets import composed, find_method, settle
 from qtdog.results.runs import find_runs, read_card
 
@@ -230,6 +231,15 @@ def test_versions_of_a_plugin_are_never_averaged(plugin, forget, tmp_path):
     assert main(["collect", str(tmp_path), "--plugin", str(plugin)]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())["tables"][0]["rows"]
     assert len({row["label"] for row in rows}) == 2
+
+
+def test_a_loss_says_what_it_needs(plugin, forget, tmp_path, capsys):
+    command = ["train", "--plugin", str(plugin), "--output-dir", str(tmp_path), *QUICK, "--dataset", "Bars"]
+    assert main([*command, "--method", "erm", "--loss", "vrex", "--accumulate", "2", "--test-envs", "0"]) == 2
+    assert "--accumulate 2 would make another loss of ERM, loss vrex" in capsys.readouterr().err
+    run = settle(TrainConfig(dataset="Bars", method="erm", loss="vrex"), 0, 0)
+    with pytest.raises(UserError, match="ERM, loss vrex needs 2 source domains"):
+        check_minibatch(run, find_method(run.method), 1)
 
 
 def test_a_network_that_does_not_tell_its_last_layer(plugin, forget, tmp_path, capsys):

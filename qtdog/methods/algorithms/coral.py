@@ -23,6 +23,7 @@ class CORAL(Loss):
 
     least_domains: ClassVar[int] = 2  # a pair
     least_batch: ClassVar[int] = 2  # a covariance
+    whole_minibatch: ClassVar[bool] = True  # the penalty is not linear in the images
     coral_weight: float = number(1.0, "weight of CORAL's penalty", least=0)
 
     @property

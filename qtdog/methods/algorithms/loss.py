@@ -15,6 +15,7 @@ class Loss:
     least_domains: ClassVar[int] = 1  # source domains without which it is another loss
     least_batch: ClassVar[int] = 1  # images of each domain that it needs
     least_images: ClassVar[int] = 1  # images of all domains together that it needs
+    whole_minibatch: ClassVar[bool] = False  # whether it is not the mean of what it is of equal pieces of a minibatch
     of_one_domain: ClassVar[str] = ""  # what it does less than it is known for, if there is one source domain
 
     @property

@@ -1,8 +1,15 @@
 import pytest
 import torch
 
-from qtdog.data import Preprocessing, load_dataset
-from qtdog.data.loaders import EvaluationImages, Minibatches, Part, fits_in_memory, training_batches
+from qtdog.data import Preprocessing, TensorDomain, load_dataset
+from qtdog.data.loaders import (
+    EvaluationImages,
+    Minibatches,
+    Part,
+    balanced_likelihoods,
+    fits_in_memory,
+    training_batches,
+)
 from qtdog.errors import UserError
 from tiny import make_pictures
 
@@ -47,6 +54,26 @@ def test_drawn_with_replacement_from_the_part_only(parts):
     plain = part.domain.images(part.indices, augment=False)
     assert len(images) == 200 and labels.bincount().min() > 60
     assert images.flatten(1).unique(dim=0).shape[0] > len(plain)  # augmented: more pictures than originals
+
+
+def test_balanced_minibatches_have_every_class_that_occurs_alike():
+    """Of 90, 9 and 1 images, and a class that does not occur: a third each, and of a class every image alike."""
+    labels = torch.tensor([0] * 90 + [1] * 9 + [3])
+    domain = TensorDomain("one", torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1), labels)
+    part = Part(domain, 0, list(range(99, -1, -1)))
+    drawn = Minibatches([part], 30000, seed=0, augment=False, balanced=True)
+    images, classes = drawn.minibatch(part, step=0)
+    numbers = (images.flatten() * 255).round().long()
+    assert torch.equal(labels[numbers], classes)
+    shares = classes.bincount(minlength=4) / 30000
+    torch.testing.assert_close(shares, torch.tensor([1 / 3, 1 / 3, 0, 1 / 3]), atol=0.015, rtol=0)
+    counts = numbers.bincount(minlength=100)
+    assert counts[:90].min() > 60 and counts[:90].max() < 170 and counts[90:99].min() > 950
+    again = [Minibatches([part], 64, 0, False, share, True).minibatch(part, 3)[1] for share in ((0, 2), (1, 2), (0, 1))]
+    assert torch.equal(torch.stack(again[:2], 1).flatten(), again[2])
+    assert torch.equal(balanced_likelihoods(torch.tensor([5, 7, 7, 5])), torch.full((4,), 0.25, dtype=torch.float64))
+    uniform = Minibatches([part], 300, seed=0, augment=False).minibatch(part, step=0)[1]
+    assert uniform.bincount()[0] > 240
 
 
 def test_evaluation_images_are_plain_in_order_and_kept(parts):

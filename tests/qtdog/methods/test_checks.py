@@ -63,7 +63,7 @@ def test_minibatches_and_domains_that_a_loss_needs():
         check_minibatch(coral, find_method("coral"), 1)
     with pytest.raises(UserError, match="ERM needs 1 source domains, here are 0"):
         check_minibatch(settled("erm"), find_method("erm"), 0)
-    with pytest.raises(UserError, match="--batch-size must be at least 2 for MixStyle"):
+    with pytest.raises(UserError, match="MixStyle needs 2 images that it computes together"):
         check_minibatch(mixstyle, find_method("mixstyle"), 1)
 
 

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
+import yaml
 
 import qkernels as qk
 from qtdog import load_model
@@ -33,6 +35,14 @@ SHORT = {  # so that what takes long in a real run happens in seven steps
     "qtdog+swad": ["--swad-converge", "1", "--swad-tolerance", "1"],
     "gaqat": ["--disorder-window", "2"],
     "fqat": ["--disorder-window", "2", "--disorder-threshold", "0.6"],
+}
+LOOP = ["--sampling", "balanced", "--accumulate", "2", "--schedule", "cosine", "--warmup-steps", "3"]
+VARIANTS = {  # of presets, by other choices of their numbers
+    "swad, paper": ("swad", ["--swad-valley", "paper"]),
+    "swad, released, early": ("swad", ["--swad-converge", "2", "--swad-tolerance", "3"]),
+    "qtdog, loop": ("qtdog", LOOP),
+    "gaqat, loop": ("gaqat", LOOP),
+    "mixstyle+qtdog, loop": ("mixstyle+qtdog", LOOP),
 }
 
 
@@ -66,9 +76,10 @@ def without_times(record):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_trains_and_resumes_bit_for_bit(digits_dir, tmp_path, monkeypatch, method):
-    assert train(digits_dir, tmp_path / "whole", method) == 0
+@pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
+def test_trains_and_resumes_bit_for_bit(digits_dir, tmp_path, monkeypatch, name):
+    method, more = VARIANTS.get(name, (name, []))
+    assert train(digits_dir, tmp_path / "whole", method, *more) == 0
     checkpoint = trainer.Trainer.checkpoint
 
     def interrupted(self, step, *rest):
@@ -77,9 +88,9 @@ def test_trains_and_resumes_bit_for_bit(digits_dir, tmp_path, monkeypatch, metho
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer.Trainer, "checkpoint", interrupted)
-    assert train(digits_dir, tmp_path / "parts", method) == 130
+    assert train(digits_dir, tmp_path / "parts", method, *more) == 130
     monkeypatch.undo()
-    assert train(digits_dir, tmp_path / "parts", method, "--resume") == 0
+    assert train(digits_dir, tmp_path / "parts", method, *more, "--resume") == 0
     whole, parts = (folder_of(tmp_path / name, method) for name in ("whole", "parts"))
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
     one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, parts))
@@ -102,12 +113,20 @@ def test_trains_and_resumes_bit_for_bit(digits_dir, tmp_path, monkeypatch, metho
     assert f"averaging {averaging}" in (whole / "out.txt").read_text()
     if averaging == "swad":
         assert card.selected_step == records[-1]["step"] and "the end of the run" in card.selection
-        assert "SWAD's valley as in the released code" in card.selection
-        assert card.selection in (whole / "out.txt").read_text()
+        told = "as in the paper" if "paper" in more else "as in the released code"
+        for text in (card.selection, (whole / "out.txt").read_text()):
+            assert f"SWAD's valley {told}" in text
         assert not any(r["averaged"] for r in records[:-1])
     if averaging == "sma":
         first = 2 if method == "sma" else 3
         assert [r["averaged"] for r in records] == [r["step"] >= first for r in records]
+    if more is LOOP:
+        assert "schedule=cosine" in (whole / "out.txt").read_text() and records[-1]["hparams"]["accumulate"] == 2
+        assert yaml.safe_load((whole / "config.yaml").read_text())["sampling"] == "balanced"
+        rates = [group["lr"] for group in one["optimizer"]["param_groups"]]  # of step 6, the last of a half wave from 3
+        factor = (1 + math.cos(math.pi * 3 / 4)) / 2
+        assert rates[0] == pytest.approx(card.run.lr * factor)
+        assert rates[1] == pytest.approx(card.run.quantization.scale_lr * factor)
     if METHODS[method].quantizer is not None:
         first = {"qtdog-inq": 6}.get(method, 0 if "lsq" in method or "qat" in method else 3)
         assert [r["quantized"] for r in records] == [r["step"] >= first for r in records]

@@ -3,13 +3,14 @@
 import copy
 import csv
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import qkernels as qk
-from qtdog.methods.steps import GAQAT, SAGM, SAM, STEPS, Disorder, Plain, WeightNoise, kept_statistics
+from qtdog.methods.steps import GAQAT, SAGM, SAM, STEPS, Disorder, InPieces, Plain, WeightNoise, kept_statistics
 from qtdog.models import MNIST_CNN
 from two_processes import in_two_processes
 
@@ -148,6 +149,32 @@ def test_a_grad_scaler_changes_nothing(name):
         results.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)  # the scaler's scale is float32
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["plain", "sam", "sagm", "gaqat", "weight-noise"])
+def test_pieces_have_the_gradients_of_the_whole(name, scaled):
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    results = []
+    for count in (1, 2, 3):
+        model, sizes = problem()[0], []
+
+        def loss_of(part, model=model, sizes=sizes):
+            sizes.append(len(part))
+            return nn.functional.cross_entropy(model(x[part]), y[part])
+
+        loss = InPieces([partial(loss_of, part) for part in torch.arange(6).chunk(count)])
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4) if scaled else None
+        step, optimizer = rule(name), torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            torch.manual_seed(0)
+            value = step(loss, model, optimizer, scaler)
+        assert set(sizes) == {6 // count}
+        assert loss().item() == pytest.approx(loss_of(torch.arange(6)).item(), rel=1e-12)
+        results.append([value, *(p.detach().clone() for p in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["plain", "sam", "sagm"])
