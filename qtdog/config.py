@@ -274,9 +274,7 @@ def with_targets(values: dict[str, Any]) -> dict[str, Any]:
     """A run's settings as earlier versions stored them, which knew one target a run, as they are stored now."""
     if "test_env" not in values:
         return values
-    return {name if name != "test_env" else "test_envs": value for name, value in values.items()} | {
-        "test_envs": [values["test_env"]]
-    }
+    return {**{name: value for name, value in values.items() if name != "test_env"}, "test_envs": [values["test_env"]]}
 
 
 # Settings that runs of earlier versions do not know, and what they had. Where a run has that, it is not stored, so that

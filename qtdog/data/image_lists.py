@@ -8,7 +8,7 @@ import csv
 import hashlib
 import io
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,11 @@ from qtdog.errors import UserError, listing
 from qtdog.files import REMEDY, csv_text, read_sealed, write_text
 
 FILE = "images.csv"
+BEFORE = "before"  # the part of images that are none of the data, but trained on by the run that this one started from
 
 
 class Image(NamedTuple):
-    """One image: its domain and class by name, its file's name, its part (`in` or `out`), and what it is."""
+    """One image: its domain and class by name, its file's name, its part (`in`, `out`, `before`), and what it is."""
 
     domain: str
     label: str
@@ -53,6 +54,19 @@ class ImageList:
             ]
         )
 
+    def after(self, trained: Sequence[Image]) -> "ImageList":
+        """With the images that the run was trained on from which this one starts."""
+        return ImageList([*self.images, *(image._replace(part=BEFORE) for image in trained)])
+
+    @property
+    def own(self) -> list[Image]:
+        """Those of the data, without what was trained on before."""
+        return [image for image in self.images if image.part != BEFORE]
+
+    def trained(self, sources: Collection[str]) -> list[Image]:
+        """Those that were trained on, in these domains or before."""
+        return [i for i in self.images if i.part == BEFORE or (i.part == "in" and i.domain in sources)]
+
     def without_names(self) -> "ImageList":
         """For others, whom the names of files do not concern."""
         return ImageList([image._replace(name="") for image in self.images])
@@ -60,7 +74,7 @@ class ImageList:
     @cached_property
     def content(self) -> str:
         """A hash of which images there are, whatever their names, order and parts."""
-        return digest(sorted((image.domain, image.label, image.fingerprint) for image in self.images))
+        return digest(sorted((image.domain, image.label, image.fingerprint) for image in self.own))
 
     @cached_property
     def division(self) -> str:
@@ -84,7 +98,7 @@ class ImageList:
         try:
             header, *rows = csv.reader(io.StringIO(read_sealed(file).decode()))
             images = [Image(*row) for row in rows]
-            if tuple(header) != Image._fields or {image.part for image in images} - {"in", "out"}:
+            if tuple(header) != Image._fields or {image.part for image in images} - {"in", "out", BEFORE}:
                 raise ValueError("it is no list of images")
         except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
@@ -92,14 +106,14 @@ class ImageList:
 
     def copies(self, targets: Sequence[str], sources: Sequence[str]) -> list[str]:
         """A line each on images of the targets, and of the validation parts, that are trained on as well, as copies."""
-        trained = {image.fingerprint for image in self.images if image.part == "in" and image.domain in sources}
-        again = [image for image in self.images if image.fingerprint in trained]
+        trained = {image.fingerprint for image in self.trained(sources)}
+        again = [image for image in self.own if image.fingerprint in trained]
         kinds = {
             f"the target {', '.join(targets)}": [image for image in again if image.domain in targets],
             "the validation parts": [image for image in again if image.domain in sources and image.part == "out"],
         }
         return [
-            f"{len(found)} image(s) of {what} are copies of ones that are trained on: {listing(found)}"
+            f"{len(found)} image(s) of {what} are trained on as well, as copies or by the run before: {listing(found)}"
             for what, found in kinds.items()
             if found
         ]
@@ -121,7 +135,7 @@ class ImageList:
             for index, image in enumerate(here):
                 places[image.label, image.fingerprint].append(index)
             indices: dict[str, list[int]] = {"in": [], "out": []}
-            for image in self.images:
+            for image in self.own:
                 if image.domain == domain.name:
                     found = places[image.label, image.fingerprint]
                     if found:
@@ -147,13 +161,13 @@ def images_of(dataset: DomainSet, env: int) -> list[Image]:
 
 def difference(before: ImageList, now: ImageList) -> str:
     """How two lists differ in which images they have, or nothing."""
-    had, has = (Counter(image._replace(name="", part="") for image in each.images) for each in (before, now))
+    had, has = (Counter(image._replace(name="", part="") for image in each.own) for each in (before, now))
     gone, new = had - has, has - had
 
     def those(images: Sequence[Image], wanted: Counter[Image]) -> list[Image]:
         return [image for image in images if image._replace(name="", part="") in wanted]
 
-    return changes(those(before.images, gone), those(now.images, new))
+    return changes(those(before.own, gone), those(now.own, new))
 
 
 def changes(gone: Sequence[Image], new: Sequence[Image]) -> str:

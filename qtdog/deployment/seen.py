@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
-from qtdog.data.image_lists import Image, ImageList
+from qtdog.data.image_lists import BEFORE, Image, ImageList
 from qtdog.errors import UserError, listing
 
 Role = Literal["trained", "source, held out", "target", "target, held out", "never seen"]
@@ -28,8 +28,10 @@ def merged(lists: Sequence[ImageList], targets: Collection[str]) -> ImageList:
     if all(images.division == first.division for images in lists):
         return first
     inside = {key(image) for images in lists for image in images.images if image.part == "in"}
-    parts = ["in" if image.domain in targets or key(image) in inside else "out" for image in first.images]
-    return ImageList([image._replace(part=part) for image, part in zip(first.images, parts, strict=True)])
+    parts = ["in" if image.domain in targets or key(image) in inside else "out" for image in first.own]
+    before = {key(image): image for images in lists for image in images.images if image.part == BEFORE}
+    own = [image._replace(part=part) for image, part in zip(first.own, parts, strict=True)]
+    return ImageList(own).after(list(before.values()))
 
 
 def key(image: Image) -> tuple[str, str, str]:
@@ -54,12 +56,13 @@ class Seen:
         }
         self.roles: dict[str, Role] = {}
         self.trained: dict[tuple[str, str], set[str]] = defaultdict(set)  # fingerprints by domain and label
-        for image in images.images:
+        for image in images.own:
             if image.domain in targets or image.domain in sources:
                 role = kinds[image.domain in sources, image.part]
                 self.roles[image.fingerprint] = min(role, self.role(image), key=ROLES.index)
-                if role == "trained":
-                    self.trained[image.domain, image.label].add(image.fingerprint)
+        for image in images.trained(sources):
+            self.roles[image.fingerprint] = "trained"
+            self.trained[image.domain, image.label].add(image.fingerprint)
 
     def role(self, image: Image) -> Role:
         """What the image was."""

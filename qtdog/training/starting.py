@@ -1,12 +1,14 @@
 """Runs that start from the selected model of another run."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import safetensors.torch
 from torch import nn
 
 from qtdog.config import RunConfig
-from qtdog.errors import UserError
+from qtdog.data.image_lists import BEFORE, Image, ImageList
+from qtdog.errors import UserError, listing
 from qtdog.files import is_done, read_sealed
 from qtdog.log import Log
 from qtdog.methods.presets import find_method
@@ -35,7 +37,7 @@ def check_start(run: RunConfig) -> None:
         )
 
 
-def start_from_run(model: nn.Module, run: RunConfig, dataset: str, target: str, log: Log) -> None:
+def start_from_run(model: nn.Module, run: RunConfig, log: Log) -> None:
     """Fill a float `model` with the selected model of the run that `--weights` names.
 
     Of a quantized run these are the latent weights. Its scales are left behind: those of this run begin at its switch,
@@ -53,8 +55,27 @@ def start_from_run(model: nn.Module, run: RunConfig, dataset: str, target: str, 
         f"weights of {folder}: {find_method(card.run.method).label} on {card.dataset}, target domain {card.target}, "
         f"step {card.selected_step}{left_behind(card)}"
     )
-    if card.dataset == dataset and card.target != target:
-        log(f"these weights have seen the target domain {target}: what is measured on it is no generalization")
+    if ImageList.read(folder) is None:
+        log(f"{folder}, of an earlier version, does not say which images it was trained on, the target's perhaps")
+
+
+def trained_before(run: RunConfig) -> list[Image]:
+    """The images that the run, from which this one starts, or one before it was trained on; none if it does not say."""
+    if not starts_from_run(run):
+        return []
+    folder = Path(run.weights)
+    images = ImageList.read(folder)
+    return images.trained(read_card(folder).sources) if images is not None else []
+
+
+def refuse_seen_targets(run: RunConfig, targets: Collection[str], images: ImageList) -> None:
+    """UserError if the run from which this one starts was trained on images of its target."""
+    before = {image.fingerprint for image in images.images if image.part == BEFORE}
+    if seen := [image for image in images.own if image.domain in targets and image.fingerprint in before]:
+        raise UserError(
+            f"--weights {run.weights} was trained on {len(seen):,} images of the target {', '.join(targets)} "
+            f"({listing(seen)}): start from a run that left it out"
+        )
 
 
 def left_behind(card: ModelCard) -> str:

@@ -38,7 +38,7 @@ from qtdog.training.evaluation import domain_parts, evaluation_images, mean_loss
 from qtdog.training.facts import facts
 from qtdog.training.quantization import may_be_selected, prepare, scale_sizes, switch
 from qtdog.training.schedule import rate_factor, set_rates
-from qtdog.training.starting import start_from_run, starts_from_run
+from qtdog.training.starting import refuse_seen_targets, start_from_run, starts_from_run, trained_before
 
 STATISTICS_BATCHES = 20
 
@@ -95,9 +95,11 @@ class Trainer:
         self.announce()
 
         parts = domain_parts(run, dataset)
-        self.image_list = ImageList.of(dataset, parts)
+        self.image_list = ImageList.of(dataset, parts).after(trained_before(run))
         names = [domain.name for domain in dataset.domains]
-        for told in self.image_list.copies([names[i] for i in run.test_envs], [names[i] for i in self.sources]):
+        targets = [names[env] for env in run.test_envs]
+        refuse_seen_targets(run, targets, self.image_list)
+        for told in self.image_list.copies(targets, [names[env] for env in self.sources]):
             self.log(told)
         self.train_parts = [parts[f"env{env}_in"] for env in self.sources]
         # An epoch is DomainBed's: of the smallest `in` part of all domains, the target's among them.
@@ -108,7 +110,7 @@ class Trainer:
         weights = "none" if starts_from_run(run) else run.weights
         model = build_model(run.backbone, len(dataset.classes), channels, weights, run.dropout, self.log, size)
         if starts_from_run(run):
-            start_from_run(model, run, dataset.name, self.target, self.log)
+            start_from_run(model, run, self.log)
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.float_nbytes = qk.packed_nbytes(model)
         quantization = run.quantization

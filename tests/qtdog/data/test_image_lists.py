@@ -117,7 +117,10 @@ def test_copies_of_training_images_are_told(root):
     }
     images = ImageList.of(dataset, parts)
     (told,) = images.copies(["bright"], ["dark", "middle"])
-    assert told == "1 image(s) of the target bright are copies of ones that are trained on: bright/red/copy.png"
+    assert (
+        told
+        == "1 image(s) of the target bright are trained on as well, as copies or by the run before: bright/red/copy.png"
+    )
     assert images.copies(["bright"], ["middle"]) == []
 
 

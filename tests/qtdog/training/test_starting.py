@@ -1,5 +1,6 @@
 """Runs that start from the selected model of another run, and minibatches in pieces."""
 
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from qtdog import load_model
 from qtdog.cli import main
+from qtdog.data.image_lists import ImageList
 from qtdog.files import read_records
 from qtdog.training import sweep
 from tiny import DIGITS
@@ -60,7 +62,7 @@ def test_the_latent_weights_of_any_run(digits_dir, tmp_path, monkeypatch, method
     folder = folder_of(tmp_path / "second", "qtdog")
     assert f"weights of {source}: " in (log := (folder / "out.txt").read_text())
     assert ("without its quantization scales" in log) == (method not in ("erm", "sma"))
-    assert "have seen the target domain" not in log and load_model(folder)(torch.rand(1, 1, 28, 28)).isfinite().all()
+    assert load_model(folder)(torch.rand(1, 1, 28, 28)).isfinite().all()
     assert read_records(folder / "results.jsonl")[-1]["hparams"]["weights"] == str(source)
 
 
@@ -75,9 +77,8 @@ def test_another_target_or_network(digits_dir, tmp_path, capsys):
     small = [*start, "--backbone", "SMALL_CNN"]
     assert train(digits_dir, tmp_path / "other", *small, "--dataset", "ColoredMNIST") == 2  # two channels
     assert "does not fit SMALL_CNN: of another shape: block1.conv.weight" in capsys.readouterr().err
-    assert train(digits_dir, tmp_path / "other", *small, "--test-envs", "15") == 0
-    log = (folder_of(tmp_path / "other", "erm", target="15") / "out.txt").read_text()
-    assert "these weights have seen the target domain 15" in log
+    assert train(digits_dir, tmp_path / "other", *small, "--test-envs", "15") == 2
+    assert "was trained on 16 images of the target 15 (15/" in capsys.readouterr().err
     assert train(digits_dir, tmp_path / "first", *small, "--overwrite") == 2
     assert "is where this run goes" in capsys.readouterr().err and (source / "done").exists()
     assert train(digits_dir, tmp_path / "other", "--method", "erm", "--weights", str(tmp_path)) == 2
@@ -87,6 +88,28 @@ def test_another_target_or_network(digits_dir, tmp_path, capsys):
     arguments = {"datasets": ["RotatedMNIST"], "data_dir": str(digits_dir), "weights": str(source)}
     with pytest.raises(sweep.UserError, match="are of a SMALL_CNN"):
         sweep.jobs_of(sweep.SweepConfig(**arguments))
+
+
+@pytest.mark.slow
+def test_what_was_trained_on_before_is_known(digits_dir, tmp_path, capsys):
+    """Of another split: what this run holds out the first one may have been trained on."""
+    small = ["--method", "erm", "--backbone", "SMALL_CNN"]
+    assert train(digits_dir, tmp_path / "first", *small, "--trial-seed", "1") == 0
+    (first,) = (path.parent for path in (tmp_path / "first").rglob("done"))
+    assert train(digits_dir, tmp_path / "second", *small, "--weights", str(first)) == 0
+    assert train(digits_dir, tmp_path / "third", *small, "--weights", str(folder_of(tmp_path / "second", "erm"))) == 0
+    third = folder_of(tmp_path / "third", "erm")
+    before = {i.fingerprint for i in ImageList.read(first).images if i.part == "in" and i.domain != "0"}
+    held_out = [i for i in ImageList.read(third).images if i.part == "out" and i.domain != "0"]
+    left = sum(i.fingerprint not in before for i in held_out)
+    assert (
+        0 < left < len(held_out)
+        and f"{len(held_out) - left} image(s) of the validation parts" in (third / "out.txt").read_text()
+    )
+    capsys.readouterr()
+    assert main(["eval", str(third), "--device", "cpu"]) == 0
+    counts = re.findall(r"of +(\d+) images  \(source, held out\)", capsys.readouterr().out)
+    assert sum(map(int, counts)) == left
 
 
 @pytest.mark.slow
