@@ -112,6 +112,7 @@ class TrainConfig:
         str | None, "`timm` (its pretrained weights), `none`, a .safetensors file, or the folder of a finished run"
     ] = None
     image_size: Annotated[int | None, "side in pixels of the network's input (default: the backbone's own)"] = None
+    background: Annotated[str, "color that transparent pixels of pictures show, such as black or #808080"] = "white"
     dropout: Annotated[float | None, "dropout before the head of a timm model"] = None
     freeze_bn: Annotated[bool | None, "keep BatchNorm statistics as pretrained; scale and bias are trained"] = None
     augmentation: Annotated[
@@ -226,6 +227,7 @@ class RunConfig:
     schedule: Schedule = "constant"
     warmup_steps: int = 0
     grid: tuple[str, ...] = ()  # the settings that were given several values, by the names of the flags
+    background: str = "white"
 
     def source_envs(self, domains: int) -> list[int]:
         """Indices of the source domains, of so many."""

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from qtdog.data import Preprocessing
+from qtdog.data.modes import color_of
 from qtdog.errors import UserError
 
 
@@ -69,14 +70,15 @@ def halving(channels: int, wide: int) -> nn.Sequential:
 DIGIT_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"MNIST_CNN": MNIST_CNN, "SMALL_CNN": SMALL_CNN}
 
 
-def preprocessing(backbone: str, image_size: int | None) -> Preprocessing | None:
+def preprocessing(backbone: str, image_size: int | None, background: str = "white") -> Preprocessing | None:
     """How to feed `backbone`, from timm's data config; None for DIGIT_NETWORKS, which take pixels in [0, 1]."""
     if backbone in DIGIT_NETWORKS:
         return None
     known_backbone(backbone)
     known = timm.get_pretrained_cfg(backbone)
     config = timm.data.resolve_data_config(pretrained_cfg=known.to_dict() if known else {})
-    return Preprocessing(image_size or config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    size, mean, std = image_size or config["input_size"][-1], tuple(config["mean"]), tuple(config["std"])
+    return Preprocessing(size, mean, std, color_of(background))
 
 
 def known_backbone(backbone: str) -> None:

@@ -72,7 +72,7 @@ def domain_set(found: ImageFiles, preprocessing: Preprocessing) -> DomainSet:
     for name, files in found.files.items():
         paths = [path for label in found.classes for path in files[label]]
         labels = torch.tensor([index for index, label in enumerate(found.classes) for _ in files[label]])
-        domains.append(ImageDomain(name, paths, labels, augmented, plain))
+        domains.append(ImageDomain(name, paths, labels, augmented, plain, preprocessing.background))
     splits = None
     if found.out is not None:
         splits = [given_split(domain.paths, found.out) for domain in domains]

@@ -2,8 +2,9 @@
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import ExifTags, Image
@@ -54,11 +55,32 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone wants to see: square RGB images of `image_size` pixels, (x/255 - mean) / std."""
+    """What a backbone wants to see: square RGB images of `image_size` pixels, (x/255 - mean) / std.
+
+    Transparent pixels show `background`.
+    """
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    background: Color = WHITE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON; without a white background, as in earlier versions."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        if self.background == WHITE:
+            del values["background"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Inverse of `to_dict`."""
+        return cls(
+            image_size=values["image_size"],
+            mean=tuple(values["mean"]),
+            std=tuple(values["std"]),
+            background=tuple(values.get("background", WHITE)),
+        )
 
 
 @dataclass(frozen=True)

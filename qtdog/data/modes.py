@@ -8,7 +8,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageColor
+
+from qtdog.errors import UserError
 
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
@@ -137,6 +139,17 @@ def tag(image: Image.Image, number: int, default: int) -> int:
     """A tag of a TIFF; the default of other files."""
     value = getattr(image, "tag_v2", {}).get(number, default)
     return value[0] if isinstance(value, tuple) else value
+
+
+def color_of(name: str) -> Color:
+    """A color by its name or as in HTML; UserError for what is none, or is transparent itself."""
+    try:
+        color = ImageColor.getrgb(name)
+    except ValueError as error:
+        raise UserError(f"--background {name} is no color: name one as in HTML, such as black or #808080") from error
+    if len(color) != 3:
+        raise UserError(f"--background {name} is transparent itself: leave its fourth number out")
+    return color
 
 
 def color_name(color: Color) -> str:

@@ -27,11 +27,17 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def is_color(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(each) is int and 0 <= each <= 255 for each in value)
+
+
 def is_preprocessing(value: Any) -> bool:
     """None for digits, which are taken as they are."""
     if value is None:
         return True
-    if not isinstance(value, dict) or value.keys() != {"image_size", "mean", "std"}:
+    if not isinstance(value, dict) or value.keys() - {"background"} != {"image_size", "mean", "std"}:
+        return False
+    if "background" in value and not is_color(value["background"]):
         return False
     colors = [*value["mean"], *value["std"]] if all(isinstance(value[key], list) for key in ("mean", "std")) else []
     return is_size(value["image_size"]) and len(colors) == 6 and all(map(is_number, colors)) and min(value["std"]) > 0
@@ -75,4 +81,4 @@ def preprocessing_of(info: dict[str, Any]) -> Preprocessing | None:
     stored = info["preprocessing"]
     if stored is None:
         return None
-    return Preprocessing(stored["image_size"], tuple(stored["mean"]), tuple(stored["std"]))
+    return Preprocessing.from_dict(stored)

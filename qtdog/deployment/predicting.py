@@ -50,7 +50,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         with tqdm(total=len(images), desc="predicting", disable=None if len(images) > BATCH else True) as bar:
             for start in range(0, len(images), BATCH):
                 some = images[start : start + BATCH]
-                batch = torch.stack([transform(read_image(image)) for image in some])
+                batch = torch.stack([transform(image) for image in some])
                 found = answer(predictor.member_logits, batch, predictor.device, predictor.combine)
                 classes = predictor.classes or [str(i) for i in range(found.log_probabilities.shape[1])]
                 for record in records_of(some, found, classes, max(1, config.top)):
@@ -102,16 +102,17 @@ def pictures(names: Sequence[str]) -> list[Path]:
     return found
 
 
-def transform_of(predictor: Predictor) -> Callable[[Image.Image], Tensor]:
-    """PIL image to float32 [C, H, W], as the network was trained on them."""
+def transform_of(predictor: Predictor) -> Callable[[Path], Tensor]:
+    """Image file to float32 [C, H, W], as the network was trained on them."""
     if predictor.preprocessing is not None:
-        return plain_transform(predictor.preprocessing)
+        prepare, background = plain_transform(predictor.preprocessing), predictor.preprocessing.background
+        return lambda path: prepare(read_image(path, background))
     channels, height, width = predictor.image_shape
     if channels != 1:
         raise UserError(f"this network takes images of {channels} channels, which picture files do not have")
 
-    def transform(image: Image.Image) -> Tensor:
-        gray = image.convert("L").resize((width, height), Image.Resampling.BILINEAR)
+    def transform(path: Path) -> Tensor:
+        gray = read_image(path).convert("L").resize((width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.asarray(gray, np.float32) / 255)[None]
 
     return transform

@@ -19,6 +19,7 @@ from qtdog.methods.steps import STEPS
 from qtdog.models import DIGIT_NETWORKS
 
 _NOT_FOR_DIGITS = {"weights": "none", "dropout": 0.0, "freeze_bn": False, "image_size": None, "augmentation": "none"}
+_NOT_FOR_DIGITS["background"] = "white"
 
 
 def check(run: RunConfig, method: Method) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from qtdog.config import Quantization, RunConfig, TrainConfig
 from qtdog.data import DIGITS
+from qtdog.data.modes import color_name, color_of
 from qtdog.errors import UserError
 from qtdog.methods.checks import check
 from qtdog.methods.hparams import random_hparams
@@ -226,6 +227,7 @@ def settle(config: TrainConfig, test_env: int, seed: int) -> RunConfig:
         holdout_fraction=config.holdout_fraction,
         eval_train_images=config.eval_train_images,
         image_size=config.image_size,
+        background=color_name(color_of(config.background)),
         quantization=quantization,
         grid=tuple(config.grid),
         **settled,

@@ -120,8 +120,7 @@ class ModelCard:
         """How the images were prepared; None for the MNIST sets."""
         if self.preprocessing is None:
             return None
-        mean, std = tuple(self.preprocessing["mean"]), tuple(self.preprocessing["std"])
-        return Preprocessing(self.preprocessing["image_size"], mean, std)
+        return Preprocessing.from_dict(self.preprocessing)
 
 
 def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:

@@ -71,7 +71,7 @@ class Job:
 
     def data(self, shown: bool) -> tuple[Preprocessing | None, DomainSet]:
         """How its images are prepared, and the images."""
-        prepared = preprocessing(self.run.backbone, self.run.image_size)
+        prepared = preprocessing(self.run.backbone, self.run.image_size, self.run.background)
         return prepared, read_dataset(self.run.dataset, self.run.data_dir, prepared, shown)
 
     def facts(self) -> list[str]:
@@ -119,7 +119,7 @@ def plan(config: TrainConfig) -> list[Job]:
     templates = [plugins.remembered(settle(point, test_env=0, seed=seed)) for point in points(config) for seed in seeds]
     check_start(templates[0])
     pick_device(config.device)
-    prepared = preprocessing(templates[0].backbone, templates[0].image_size)
+    prepared = preprocessing(templates[0].backbone, templates[0].image_size, templates[0].background)
     processes = config.jobs * distributed.local_world_size()
     workers = pick_workers(config.num_workers, reads_files=prepared is not None, jobs=processes)
     read_dataset.cache_clear()  # what is on disk now, not what another plan of this process has read

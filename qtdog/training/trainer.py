@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -361,7 +360,7 @@ class Trainer:
             target=self.target,
             classes=self.dataset.classes,
             image_shape=list(self.dataset.image_shape),
-            preprocessing=asdict(preprocessing) if preprocessing else None,
+            preprocessing=preprocessing.to_dict() if preprocessing else None,
             backbone=self.run.backbone,
             quantization=quantization.qconfig().to_dict() if quantization else None,
             selection=self.selection(),

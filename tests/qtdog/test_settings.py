@@ -136,6 +136,7 @@ COMPOSED = [
     {"method": "gaqat", "act_bits": 8},
     {"method": "erm", "hparams_seed": 3},
     {"method": "qtdog", "qat_mode": "rtn-frozen"},
+    {"method": "erm", "background": "gray"},
 ]
 
 
@@ -144,6 +145,8 @@ COMPOSED = [
     "own", [*({"method": name} for name in METHODS), *COMPOSED], ids=lambda own: "-".join(map(str, own.values()))
 )
 def test_the_record_of_a_run_trains_it_again(tmp_path, own, dataset):
+    if "background" in own:
+        dataset = "PACS"
     own = {name: "plain" if value == "none" and name == "step" else value for name, value in own.items()}
     config = TrainConfig(dataset=dataset, trial_seed=2, steps=4001, eval_train_images=5, **own)
     run = settle(config, test_env=3, seed=7)

@@ -1,6 +1,8 @@
 """Pictures of every mode that Pillow opens: what they become, and which are refused."""
 
+import dataclasses
 import io
+import json
 import struct
 import zlib
 
@@ -9,9 +11,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from qtdog.cli import main
+from qtdog.config import TrainConfig
 from qtdog.data import Preprocessing, formats, load_dataset
 from qtdog.data.images import read_image, read_picture
 from qtdog.errors import UserError
+from qtdog.methods.presets import settle
+from qtdog.results.runs import read_card
 
 GRAY = np.arange(256).reshape(16, 16)  # what every picture of gray should look like
 SMALL = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -99,6 +104,68 @@ def test_black_strokes_on_nothing_are_on_white(tmp_path):
     for name in ("x.png", "x.webp", "x.tif", "x.gif"):
         pixels = np.asarray(read_image(save(strokes, tmp_path / name, **{"lossless": True} if "webp" in name else {})))
         assert (pixels[:, 3:5] == 0).all() and (np.delete(pixels, (3, 4), 1) == 255).all(), name
+
+
+def test_a_background_is_of_the_preprocessing(tmp_path):
+    for domain in ("a", "b"):
+        for label in ("one", "two"):
+            (tmp_path / domain / label).mkdir(parents=True)
+            Image.new("LA", (4, 4), (255, 0)).save(tmp_path / domain / label / "0.png")
+    black = dataclasses.replace(SMALL, background=(0, 0, 0))
+    for preprocessing, level in ((SMALL, 1), (black, -1)):
+        stored = json.loads(json.dumps(preprocessing.to_dict()))
+        assert Preprocessing.from_dict(stored) == preprocessing
+        assert ("background" in stored) == (level == -1)  # of a white one nothing is said, as before there were others
+        images = load_dataset("folder", str(tmp_path), preprocessing).domains[0].images([0], False)
+        assert (images == level).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("blac", "--background blac is no color"), ("#00000000", "is transparent itself")]
+)
+def test_backgrounds_that_are_none(name, told):
+    with pytest.raises(UserError, match=told):
+        settle(TrainConfig(dataset="folder", method="erm", background=name), 0, 0)
+    with pytest.raises(UserError, match="--background has no meaning for MNIST_CNN"):
+        settle(TrainConfig(method="erm", background="black"), 0, 0)
+
+
+@pytest.mark.slow
+def test_a_background_stays_with_the_model(tmp_path, capsys):
+    """What shows through decides; what is drawn is nothing."""
+    for domain in ("a", "b"):
+        for label in ("one", "two"):
+            (tmp_path / "set" / domain / label).mkdir(parents=True)
+            for i in range(5):
+                Image.new("LA", (16, 16), (50 * i, 0)).save(tmp_path / "set" / domain / label / f"{i}.png")
+    train = ["train", "--dataset", "folder", "--data-dir", f"{tmp_path}/set", "--output-dir", f"{tmp_path}/runs"]
+    train += [
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "none",
+        "--image-size",
+        "32",
+        "--steps",
+        "2",
+        "--switch-step",
+        "1",
+        "--batch-size",
+        "2",
+    ]
+    train += ["--test-envs", "a", "--seeds", "0", "1", "--num-workers", "0", "--device", "cpu"]
+    assert main([*train, "--background", "Black"]) == 0
+    card = read_card(tmp_path / "runs" / "set" / "qtdog" / "a" / "trial0_seed0")
+    assert card.run.background == "#000000" and card.preprocessing["background"] == [0, 0, 0]
+    assert main(["ensemble", str(tmp_path / "runs"), "--num-workers", "0", "--device", "cpu"]) == 0
+    (packed,) = (tmp_path / "runs").rglob("packed")
+    Image.new("RGB", (16, 16), (0, 0, 0)).save(tmp_path / "black.png")
+    capsys.readouterr()
+    clear = tmp_path / "set" / "a" / "one" / "4.png"
+    for file in (clear, tmp_path / "black.png"):
+        assert main(["predict", str(packed), str(file), "--json", "--device", "cpu"]) == 0
+    one, two = (json.loads(line)["classes"] for line in capsys.readouterr().out.splitlines())
+    assert one == two
 
 
 def png(bits, color, row, clear=None, palette=b""):
