@@ -26,10 +26,10 @@ REMEDIES = {
 }
 
 
-def listing(things: Sequence[object]) -> str:
+def listing(things: Sequence[object], shown: int = LISTED) -> str:
     """`a, b, c`, of many the first ones and how many there are more."""
-    more = f", and {len(things) - LISTED:,} more" if len(things) > LISTED else ""
-    return ", ".join(map(str, things[:LISTED])) + more
+    more = f" and {len(things) - shown:,} more" if len(things) > shown else ""
+    return ", ".join(map(str, things[:shown])) + more
 
 
 def one_line(error: BaseException) -> str:

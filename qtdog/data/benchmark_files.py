@@ -11,8 +11,8 @@ from pathlib import Path
 from qtdog.data.benchmarks import BENCHMARKS, Benchmark
 from qtdog.data.folders import ImageFiles, count, existing_folder
 from qtdog.data.listing import TWICE, class_folders, composed, domain_folders, folders_in, listed_images
-from qtdog.data.problems import Problems, some
-from qtdog.errors import UserError
+from qtdog.data.problems import Problems
+from qtdog.errors import UserError, listing
 
 DUPLICATES = "domain_net_duplicates.txt"
 PLURAL = {"domain": "domains", "class": "classes"}
@@ -116,7 +116,7 @@ def matched(
                 found[name].append(folder)
     if missing := [name for name in expected if not found[name]]:
         where = parent if kind == "domain" else f"{parent.name}"
-        problems.add(f"{PLURAL[kind]} that are missing, bring them back ({wanted})", f"{some(missing)} in {where}")
+        problems.add(f"{PLURAL[kind]} that are missing, bring them back ({wanted})", f"{listing(missing)} in {where}")
     return {name: places for name, places in found.items() if places}
 
 

@@ -16,8 +16,8 @@ from qtdog.data.listing import (
     listed_images,
     named,
 )
-from qtdog.data.problems import Problems, some
-from qtdog.errors import UserError
+from qtdog.data.problems import Problems
+from qtdog.errors import UserError, listing
 
 LAYOUT = "<root>/<domain>/<class>/<image>"
 
@@ -63,7 +63,7 @@ def folder_files(root: str | None, log: Callable[[str], None] = print) -> ImageF
     check_classes(found, problems)
     problems.refuse(f"the data set {base}")
     if left_alone:
-        log(f"  left alone: {some(left_alone)}")
+        log(f"  left alone: {listing(left_alone)}")
     for env, (name, files) in enumerate(found.items()):
         log(f"  domain {env} {name}: {count(files):,} images")
     total = sum(map(count, found.values()))
@@ -98,12 +98,12 @@ def check_classes(found: Mapping[str, Mapping[str, object]], problems: Problems)
         lacking = [name for name, files in found.items() if files and label not in files]
         if lacking and label in spellings:
             having = [name for name, files in found.items() if label in files]
-            problems.add("classes that domains spell in several ways, name them alike", f"{label} in {some(having)}")
+            problems.add("classes that domains spell in several ways, name them alike", f"{label} in {listing(having)}")
         elif lacking:
             problems.add(
                 "classes that some domains lack, add or remove them, or list the images in a CSV file (--dataset csv), "
                 "where a domain may lack some",
-                f"{label} in {some(lacking)}",
+                f"{label} in {listing(lacking)}",
             )
 
 

@@ -1,8 +1,6 @@
 """What is wrong with a data set, all of it, for one message."""
 
-from collections.abc import Sequence
-
-from qtdog.errors import UserError
+from qtdog.errors import UserError, listing
 
 SHOWN = 10
 
@@ -20,11 +18,5 @@ class Problems:
     def refuse(self, what: object) -> None:
         """UserError with all that was added, if anything was."""
         if self.found:
-            kinds = [f"{kind}: {some(things)}" for kind, things in self.found.items()]
+            kinds = [f"{kind}: {listing(things, SHOWN)}" for kind, things in self.found.items()]
             raise UserError(f"{what} cannot be used; {'; '.join(kinds)}")
-
-
-def some(things: Sequence[str], shown: int = SHOWN) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(things) - shown:,} more" if len(things) > shown else ""
-    return ", ".join(things[:shown]) + more

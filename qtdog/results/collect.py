@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from qtdog.data.image_lists import ImageList, difference
-from qtdog.errors import UserError
+from qtdog.errors import UserError, listing
 from qtdog.files import REMEDY, is_done, read_records, write_json, write_text
 from qtdog.log import PRINT, Log
 from qtdog.results import table_formats
@@ -109,14 +109,10 @@ def refuse_missing(metric: Metric, results: Sequence[Result], ensembles: Mapping
             lacking.append(folder)
     if lacking:
         raise UserError(
-            f"--metric {metric.flag} is not in the results of {some(lacking)}, of an earlier version: remove them and "
-            "train (ensembles: `qtdog ensemble`) again, or name a folder without them; --metric accuracy needs neither"
+            f"--metric {metric.flag} is not in the results of {listing(lacking)}, of an earlier version: remove them "
+            "and train (ensembles: `qtdog ensemble`) again, or name a folder without them; --metric accuracy needs "
+            "neither"
         )
-
-
-def some(folders: Sequence[Path]) -> str:
-    """The first of them, and whether there are more."""
-    return ", ".join(map(str, folders[:5])) + ", ..." * (len(folders) > 5)
 
 
 @dataclass
@@ -147,7 +143,7 @@ def collect(config: CollectConfig, log: Log = PRINT) -> list[Path]:
     text = "\n".join(table_formats.as_text(table, config.digits) for table in shown)
     log(text)
     if unfinished := [file.parent for file in sorted(folder.rglob("config.yaml")) if not is_done(file.parent)]:
-        log(f"{len(unfinished)} unfinished run(s) left out: {some(unfinished)}")
+        log(f"{len(unfinished)} unfinished run(s) left out: {listing(unfinished)}")
     stem = "table" if config.metric == "accuracy" else f"table_{config.metric}"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = [as_json(table, one.results, one.ensembles) for name, one in collected.items() for table in tables[name]]
