@@ -172,17 +172,16 @@ def difference(before: ImageList, now: ImageList) -> str:
 
 def changes(gone: Sequence[Image], new: Sequence[Image]) -> str:
     """What became of a data set that lacks the images `gone` and has the images `new` instead."""
-    other_labels = {image.fingerprint: image for image in new}
-    names = {str(image) for image in new}
-    moved = [image for image in gone if image.fingerprint in other_labels]
-    changed = [image for image in gone if image not in moved and str(image) in names]
-    said = {str(image) for image in changed} | {str(other_labels[image.fingerprint]) for image in moved}
-    told = {
-        "moved": [f"{image} as {other_labels[image.fingerprint]}" for image in moved],
-        "changed": [str(image) for image in changed],
-        "gone": [str(image) for image in gone if image not in moved and image not in changed],
-        "new": [str(image) for image in new if str(image) not in said],
-    }
+    elsewhere = {image.fingerprint: str(image) for image in new}
+    new_names = {str(image) for image in new}
+    told: dict[str, list[str]] = {"moved": [], "changed": [], "gone": [], "new": []}
+    for image in gone:
+        if image.fingerprint in elsewhere:
+            told["moved"].append(f"{image} as {elsewhere[image.fingerprint]}")
+        else:
+            told["changed" if str(image) in new_names else "gone"].append(str(image))
+    known = {*told["changed"], *(elsewhere[i.fingerprint] for i in gone if i.fingerprint in elsewhere)}
+    told["new"] = [str(image) for image in new if str(image) not in known]
     return "; ".join(f"{len(names)} {what} ({listing(names)})" for what, names in told.items() if names)
 
 

@@ -5,7 +5,7 @@ another, and nobody can tell that from a new one.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from qtdog.data.image_lists import BEFORE, Image, ImageList
@@ -54,6 +54,7 @@ class Seen:
             (False, "in"): "target",
             (False, "out"): "target, held out",
         }
+        self.names = {str(image) for image in images.own if image.name}
         self.roles: dict[str, Role] = {}
         self.trained: dict[tuple[str, str], set[str]] = defaultdict(set)  # fingerprints by domain and label
         for image in images.own:
@@ -68,18 +69,24 @@ class Seen:
         """What the image was."""
         return self.roles.get(image.fingerprint, "never seen")
 
-    def refuse_changed(self, here: Iterable[Image]) -> None:
-        """UserError where images are not known and others that were trained on are gone: they may be changed ones."""
+    def refuse_changed(self, domain: Sequence[Image]) -> None:
+        """UserError for images that may be ones that were trained on, with another content since.
+
+        Of a domain in which some images are known, those have the place and name of one, where names are known; or are
+        new in a class from which others, that were trained on, are gone.
+        """
+        if all(self.role(image) == "never seen" for image in domain):
+            return
         cells: dict[tuple[str, str], list[Image]] = defaultdict(list)
-        for image in here:
+        for image in domain:
             cells[image.domain, image.label].append(image)
         for cell, images in cells.items():
             unknown = [image for image in images if self.role(image) == "never seen"]
             gone = self.trained.get(cell, set()) - {image.fingerprint for image in images}
-            recognized = len(unknown) < len(images)
-            if unknown and gone and recognized:
+            changed = [image for image in unknown if str(image) in self.names]
+            if changed or (unknown and gone):
                 raise UserError(
-                    f"{len(unknown)} image(s) of {'/'.join(cell)} are new or changed ({listing(unknown)}) and "
-                    f"{len(gone)} that were trained on are gone, so nobody can tell whether these are those: bring the "
-                    "old ones back, or put new ones into a domain of their own"
+                    f"{len(changed or unknown)} image(s) of {'/'.join(cell)} are {'' if changed else 'new or '}changed "
+                    f"({listing(changed or unknown)}) and {len(gone)} that were trained on are gone, so nobody can "
+                    "tell whether these are those: bring the old ones back, or put new ones into a domain of their own"
                 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 
@@ -98,6 +99,16 @@ def test_changed_pictures_are_refused(run, packed, elsewhere, capsys):
             f"1 image(s) of dark/{trained.label} are new or changed" in told
             and "1 that were trained on are gone" in told
         )
+    file.with_suffix(".bmp").rename(file)
+    assert f"1 image(s) of dark/{trained.label} are changed ({trained})" in refused(
+        capsys, run, "--data-dir", elsewhere
+    )
+    for path in elsewhere.glob("*/*/*"):
+        Image.open(path).rotate(180).save(path, "PNG")
+    for model in (run, packed):
+        found, out = judged(capsys, model, "--data-dir", elsewhere)
+        assert {role for _, _, role in found.values()} == {"never seen"}
+        assert out.count("if they are the same pictures encoded anew, it was trained on them") == 2
 
 
 def test_what_is_no_model_is_named(run, tmp_path, capsys):
@@ -177,6 +188,9 @@ def test_predictions_and_metrics(run, tmp_path, capsys):
         assert numbers["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
         assert numbers["nll"] == pytest.approx(log_loss(labels, chances, labels=["blue", "red"]))
         assert np.sum(numbers["confusion"]) == len(own) == sum(numbers["images"].values())
+    mask = os.umask(0o077)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (*run.rglob("*.*"), *folder.iterdir(), table)} == {0o666 & ~mask}
     names = {path.name for path in folder.iterdir()}
     assert names == {"metrics.json"} | {
         f"{name}_{what}.{suffix}"
