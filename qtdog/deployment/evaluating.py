@@ -159,7 +159,7 @@ def judge(predictor: Predictor, dataset: DomainSet, workers: int, log: Log) -> d
         roles = [seen.role(image) for image in images]
         if trained := [image for image, role in zip(images, roles, strict=True) if role == "trained"]:
             log(f"  {domain.name}: left out, as it was trained on them: {len(trained)} images ({listing(trained)})")
-        if domain.name in predictor.sources and set(roles) == {"never seen"}:
+        if predictor.images is not None and domain.name in predictor.sources and set(roles) == {"never seen"}:
             log(
                 f"  {domain.name} is called as a domain that it was trained on, but none of its images is known: if "
                 "they are the same pictures encoded anew, it was trained on them"
