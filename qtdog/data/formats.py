@@ -1,8 +1,8 @@
 """Which files are pictures, and whether this Pillow can open them."""
 
 import importlib.util
+import os.path
 from functools import cache
-from pathlib import PurePath
 
 from PIL import Image, features
 
@@ -36,12 +36,12 @@ def extensions() -> frozenset[str]:
 
 def is_picture(name: str) -> bool:
     """Whether a file's name says that it is a picture, be it one that can be opened or not."""
-    return PurePath(name).suffix.lower() in PICTURES
+    return os.path.splitext(name)[1].lower() in PICTURES
 
 
 def way_to_open(name: str) -> str | None:
     """What to do before a picture of this name can be opened; None where nothing is missing, or nothing would help."""
-    extension = PurePath(name).suffix.lower()
+    extension = os.path.splitext(name)[1].lower()
     return None if extension in extensions() or extension not in PICTURES else PICTURES[extension][1] or None
 
 
