@@ -82,6 +82,7 @@ def test_parts_between_domain_and_class(tmp_path, names):
         ({"train": 3, "crossval": 1, "test": 2}, 6),
         ({"train": 3, "crossval": 1, "test": 2, "full": 6}, 6),  # the same once more
         ({"train": 3, "crossval": 1, "full": 6}, 6),
+        ({"train": 3, "crossval": 1, "test": 2, "full": 4}, 6),  # without the test images
         ({"full": 6}, 6),
     ],
 )
@@ -115,6 +116,11 @@ def test_benchmarks_where_archives_put_them(tmp_path, name, place, beside):
         assert all(
             path.is_relative_to(tmp_path / place) for files in found.files.values() for (path,) in files.values()
         )
+
+
+def test_a_data_set_that_shares_a_domain_is_not_the_benchmark(tmp_path):
+    write(tmp_path, "other/sketch/dog/1.jpg", "other/real/dog/1.jpg")
+    assert "no PACS under ROOT: expected PACS/ with the domains" in told("PACS", tmp_path)
 
 
 def test_domains_of_a_benchmark_in_folders_of_their_own(tmp_path):
@@ -201,6 +207,9 @@ def test_one_class_is_nothing_to_learn(tmp_path):
     assert "at least 2 classes are needed (<root>/<domain>/<class>/<image>), there are 1: cat" in told(
         "folder", pictures(tmp_path / "set", classes=["cat"])
     )
+    parts = pictures(tmp_path / "parts", between="train/", domains=["photo"])
+    pictures(parts, between="test/", domains=["photo"])
+    assert "there are 1: photo" in told("folder", parts)  # train and test are no domains
     one = pictures(tmp_path / "one", domains=["photo"])
     assert "at least 2 domain folders are needed (<root>/<domain>/<class>/<image>), there are 1: photo" in told(
         "folder", one
