@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from qtdog.data.listing import composed
 from qtdog.errors import UserError
 
 Task = tuple[tuple[int, ...], tuple[int, ...]]  # indices of the targets, and of the sources if these are chosen
@@ -34,7 +35,7 @@ def parse_tasks(test_envs: Sequence[str], sources: Sequence[str], dataset: str, 
 
 def parse(flag: str, name: str, dataset: str, domains: Sequence[str]) -> list[int]:
     """The indices of `a`, or of `a+b+c`; names may have a plus in them."""
-    found = resolve(name, domains)
+    found = resolve(composed(name), domains)
     if found is None:
         listed = ", ".join(f"{index} {domain}" for index, domain in enumerate(domains))
         raise UserError(f"--{flag} {name}: {dataset} has the domains {listed}, or `all`; several at once as 0+1")
