@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from qtdog.cli import main
-from qtdog.files import read_records
+from qtdog.results.runs import checkpoint_records
 
 
 def torchrun(arguments):
@@ -32,7 +32,7 @@ def test_two_processes_have_the_losses_of_one(pictures, tmp_path, pieces):
     assert done.returncode == 0, done.stderr
     one, two = (tmp_path / place / "tints" / "qtdog" / "dark" / "trial0_seed0" for place in ("one", "two"))
     assert done.stdout.count("QT-DoG on tints") == 1 and done.stdout.count("selected step") == 1  # the first one's
-    rows = read_records(one / "results.jsonl"), read_records(two / "results.jsonl")
+    rows = checkpoint_records(one), checkpoint_records(two)
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [0, 2, 4, 6, 8, 10, 11]
     assert [row["loss"] for row in rows[1]] == pytest.approx([row["loss"] for row in rows[0]], rel=1e-4)
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}

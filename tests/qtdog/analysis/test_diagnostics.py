@@ -84,7 +84,8 @@ def copy_of(run, place, bits, accuracy, **settings):
     card["source_validation_accuracy"] = settings.pop("validation", 0.5)
     card["config"]["quantization"] |= {"weight_bits": bits, "qat_mode": settings.pop("qat_mode", "qat")}
     card["config"].update(settings)
-    card["accuracies"][f"env{card['config']['test_env']}_in_acc"] = accuracy
+    (env,) = card["config"]["test_envs"]
+    card["accuracies"][f"env{env}_in_acc"] = accuracy
     write_card(place, card)
     return place
 
@@ -112,7 +113,7 @@ def test_trials_without_all_targets_do_not_count(trained, tmp_path):
     run, told = trained / "RotatedMNIST" / "qtdog" / "0" / "trial0_seed0", []
     folders = [
         copy_of(run, tmp_path / "a", 4, 0.5),
-        copy_of(run, tmp_path / "b", 4, 0.7, target="15", test_env=1),
+        copy_of(run, tmp_path / "b", 4, 0.7, target="15", test_envs=[1]),
         copy_of(run, tmp_path / "c", 4, 0.9, trial_seed=1),
         copy_of(run, tmp_path / "d", 3, 0.9),
     ]

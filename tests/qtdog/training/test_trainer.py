@@ -24,6 +24,8 @@ from qtdog.methods.algorithms import ERM, LOSSES
 from qtdog.methods.presets import METHODS
 from qtdog.methods.steps import Plain
 from qtdog.models import DIGIT_NETWORKS, MNIST_CNN
+from qtdog.results import metrics
+from qtdog.results.predictions import Predictions
 from qtdog.results.runs import checkpoint_records, read_card
 from qtdog.training import quantization, trainer
 from qtdog.training.evaluation import mean_out_accuracy
@@ -142,7 +144,9 @@ def test_selected_model_is_the_best_quantized_one(trained):
         assert card.source_validation_accuracy == best
         row = next(r for r in records(folder) if r["step"] == card.selected_step)
         assert card.target_accuracy == row["env0_in_acc"]
-        assert card.accuracies.keys() == {f"env{i}_{part}_acc" for i in range(6) for part in ("in", "out")}
+        assert card.accuracies.keys() == {
+            f"env{i}_{part}_{name}" for i in range(6) for part in ("in", "out") for name in metrics.NAMES
+        }
 
 
 @pytest.mark.slow
@@ -152,14 +156,14 @@ def test_no_selection_before_the_switch(digits_dir, tmp_path, monkeypatch, metho
     validation = iter([0.9, 0.8, 0.1, 0.5, 0.5])
     parts_seen: list[float] = []
 
-    def pretended(model, images, device):
+    def pretended(predictions):
         if len(parts_seen) % 12 == 0:
             parts_seen.append(next(validation))
         else:
             parts_seen.append(parts_seen[-1])
-        return parts_seen[-1]
+        return {"acc": parts_seen[-1]}
 
-    monkeypatch.setattr(trainer, "accuracy", pretended)
+    monkeypatch.setattr(Predictions, "metrics", pretended)
     flags = ["--switch-step", "4"] if method == "qtdog" else []
     output = tmp_path / "runs"
     assert main(["train", *DIGITS, "--data-dir", str(digits_dir), "--output-dir", str(output), "--steps", "9",
