@@ -14,8 +14,7 @@ INTRODUCTION = """# Models
 Look up your backbone before you start. The smallest network of every module of timm and of torchvision's
 classification models, and the well-known ones, with random weights, were quantized to 7 bit, trained a step with fused
 weights, packed with a second member, saved, and loaded in a fresh process. `python -m benchmarks.zoo` makes this
-page anew; `python -m benchmarks.zoo NAME` adds networks or judges them again. deepseek_vit_412m, the largest, is
-still to be judged.
+page anew; `python -m benchmarks.zoo NAME` adds networks or judges them again.
 
 - **quantized**: the share of its parameters; the rest are the last layer, norms, biases and embeddings. **scales**:
   those with a gradient after the step, of all; stochastic depth may leave out layers, then there were up to ten.
