@@ -27,7 +27,7 @@ from qtdog.log import PRINT, Log
 from qtdog.methods.presets import find_method
 from qtdog.results.data_of_runs import DataOfRuns
 from qtdog.results.predictions import Combine, Predictions, of_several, predict_images
-from qtdog.results.runs import RESULTS, ModelCard, load_model
+from qtdog.results.runs import MANIFEST, RESULTS, ModelCard, load_model
 from qtdog.results.variants import common, settings_of
 
 
@@ -179,7 +179,7 @@ class Ensemble:
             for i, member in enumerate(self.members)
         ]
         (folder / DONE).unlink(missing_ok=True)
-        write_json(folder / "members.json", {"combine": self.config.combine, "members": manifest})
+        write_json(folder / MANIFEST, {"combine": self.config.combine, "members": manifest})
         write_records(folder / RESULTS, [record])
         if self.packed is not None:
             accuracy = {
@@ -191,7 +191,7 @@ class Ensemble:
             self.packed.save(folder / "packed", accuracy=accuracy, seeds=seeds)
             if self.images is not None:
                 self.images.without_names().write(folder / "packed")
-        seal(folder, ["members.json", RESULTS])
+        seal(folder, [MANIFEST, RESULTS])
         targets = [judged[f"env{env}_in"].member_accuracies for env in self.card.run.test_envs]
         singles = ", ".join(f"{100 * fmean(one):.1f}" for one in zip(*targets, strict=True))
         self.log(f"  target accuracy {100 * record['target_accuracy']:.1f} (members alone: {singles}) -> {folder}")

@@ -1,7 +1,7 @@
 """`qtdog predict`: the classes of pictures."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,9 +48,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     tables: list[dict[str, list[Any]]] = []
     try:
         with tqdm(total=len(images), desc="predicting", disable=None if len(images) > BATCH else True) as bar:
-            for start in range(0, len(images), BATCH):
-                some = images[start : start + BATCH]
-                batch = torch.stack([transform(image) for image in some])
+            for some, batch in batches(images, transform):
                 found = answer(predictor.member_logits, batch, predictor.device, predictor.combine)
                 classes = predictor.classes or [str(i) for i in range(found.log_probabilities.shape[1])]
                 for record in records_of(some, found, classes, max(1, config.top)):
@@ -62,6 +60,21 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         if config.csv and tables:
             write_table(config.csv, joined(tables))
     return records
+
+
+def batches(images: Sequence[Path], transform: Callable[[Path], Tensor]) -> Iterator[tuple[Sequence[Path], Tensor]]:
+    """Up to BATCH files at a time, and their images [N, C, H, W]; those before one that cannot be read come, too."""
+    read: list[Tensor] = []
+    for index, image in enumerate(images):
+        try:
+            read.append(transform(image))
+        except UserError:
+            if read:
+                yield images[index - len(read) : index], torch.stack(read)
+            raise
+        if len(read) == BATCH or index == len(images) - 1:
+            yield images[index + 1 - len(read) : index + 1], torch.stack(read)
+            read = []
 
 
 def records_of(images: Sequence[Path], answers: Answers, classes: Sequence[str], top: int) -> list[dict[str, Any]]:

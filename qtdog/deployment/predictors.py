@@ -20,10 +20,9 @@ from qtdog.errors import UserError
 from qtdog.files import REMEDY, is_done, read_sealed
 from qtdog.methods.presets import find_method
 from qtdog.results.predictions import Combine, MemberLogits, of_several
-from qtdog.results.runs import ModelCard, load_model, read_card
+from qtdog.results.runs import MANIFEST, ModelCard, load_model, read_card
 
 CONFIG = "config.json"  # of a packed ensemble
-MANIFEST = "members.json"  # of an ensemble
 
 
 @dataclass

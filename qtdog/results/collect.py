@@ -14,7 +14,7 @@ from qtdog.files import REMEDY, is_done, read_records, write_json, write_text
 from qtdog.log import PRINT, Log
 from qtdog.results import table_formats
 from qtdog.results.reported import METRICS, Metric, MetricName
-from qtdog.results.runs import RESULTS, find_runs, read_card
+from qtdog.results.runs import MANIFEST, RESULTS, find_runs, read_card
 from qtdog.results.selections import Result, sources_of, targets_of
 from qtdog.results.tables import Table, as_json, averages, build_tables
 
@@ -84,7 +84,7 @@ def read_folder(place: str, metric: Metric) -> dict[str, Collected]:
 
 def manifests(folder: Path) -> list[Path]:
     """The members.json of the ensembles at any depth."""
-    return sorted(folder.rglob("members.json"))
+    return sorted(folder.rglob(MANIFEST))
 
 
 def refuse_other_images(name: str, results: Sequence[Result]) -> None:

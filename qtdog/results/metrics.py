@@ -175,19 +175,6 @@ def predicted(log_probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 # Doubt -----------------------------------------------------------------------------------------------------------
 
 
-def disagreement(member_scores: Tensor, scores: Tensor) -> Tensor:
-    """Share of an ensemble's members that would have decided otherwise than the ensemble.
-
-    Args:
-        member_scores: float [members, N, classes].
-        scores: float [N, classes], of the ensemble.
-
-    Returns:
-        float64 [N] in 0..1, on the CPU.
-    """
-    return (member_scores.argmax(2) != scores.argmax(1)).double().mean(0).cpu()
-
-
 @dataclass(frozen=True)
 class RiskCoverage:
     """How accurate the decisions are that are left when the most doubtful are not taken (El-Yaniv and Wiener 2010).
@@ -214,7 +201,7 @@ class RiskCoverage:
 
 
 def risk_coverage(doubt: Tensor, correct: Tensor) -> RiskCoverage:
-    """The curve of decisions by how doubtful they are: 1 - confidence, or `disagreement`.
+    """The curve of decisions by how doubtful they are: 1 - confidence, or an ensemble's disagreement.
 
     Equally doubtful images have no order. Where only a part of them is kept, the curve has the mean over all the parts
     that it could be, so that it does not depend on the order in which images come.

@@ -78,13 +78,8 @@ def combined(logits: Tensor, combine: Combine) -> Tensor:
     return logits.double().log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
-def of_one(model: nn.Module) -> MemberLogits:
-    """A model as an ensemble of one."""
-    return lambda images: model(images)[None]
-
-
 def of_several(models: Sequence[nn.Module]) -> MemberLogits:
-    """Models one after the other."""
+    """Models one after the other; one is an ensemble, too."""
     return lambda images: torch.stack([model(images) for model in models])
 
 

@@ -39,6 +39,7 @@ from qtdog.plain_types import checked
 from qtdog.plugins import require
 
 CHECKPOINTS, RESULTS = "checkpoints.jsonl", "results.jsonl"
+MANIFEST = "members.json"  # of an ensemble
 SEALED = ("config.yaml", image_lists.FILE, CHECKPOINTS, RESULTS, "model.safetensors", "model.json")
 
 

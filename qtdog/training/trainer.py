@@ -30,7 +30,7 @@ from qtdog.methods.averaging import AVERAGING, holding
 from qtdog.methods.presets import find_method
 from qtdog.methods.steps import STEPS, InPieces, unsynchronized
 from qtdog.models import build_model, train_mode
-from qtdog.results.predictions import of_one, predict_images
+from qtdog.results.predictions import of_several, predict_images
 from qtdog.results.runs import CHECKPOINTS, RESULTS, SEALED, ModelCard, on_targets, save_model, task_of
 from qtdog.training.checkpoints import BEFORE, read_checkpoint, remove_checkpoints, write_checkpoint
 from qtdog.training.evaluation import domain_parts, evaluation_images, mean_loss, mean_out_accuracy, sources
@@ -255,9 +255,8 @@ class Trainer:
         """The metrics of all parts, named as DomainBed's env0_in_acc; the model is left in eval mode."""
         self.model.eval()
         names = list(self.images)
-        own = {
-            name: predict_images(of_one(self.model), self.images[name], self.device).metrics() for name in share(names)
-        }
+        network = of_several([self.model])
+        own = {name: predict_images(network, self.images[name], self.device).metrics() for name in share(names)}
         return {f"{part}_{name}": value for part, of in merged(own, names).items() for name, value in of.items()}
 
     def statistics_images(self) -> Iterator[Tensor]:

@@ -1,8 +1,12 @@
 """Trained pictures, for the commands that use trained models."""
 
+import json
+import shutil
+
 import pytest
 
 from qtdog.cli import main
+from tiny import write_card
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,15 @@ def packed(picture_runs):
     assert main(["ensemble", str(picture_runs), "--device", "cpu"]) == 0
     (folder,) = picture_runs.rglob("packed")
     return folder
+
+
+@pytest.fixture
+def float_runs(trained, tmp_path):
+    """Two runs of ERM on digits, the second a copy with another seed."""
+    runs = shutil.copytree(trained / "RotatedMNIST" / "erm", tmp_path / "erm")
+    (first,) = runs.rglob("trial0_seed0")
+    second = shutil.copytree(first, first.parent / "trial0_seed1")
+    card = json.loads((second / "model.json").read_text())
+    card["config"]["seed"] = 1
+    write_card(second, card)
+    return runs

@@ -17,7 +17,7 @@ from qtdog.data.image_lists import ImageList
 from qtdog.files import read_records
 from qtdog.models import head
 from qtdog.results.runs import load_model, read_card
-from tiny import make_pictures, write_card
+from tiny import make_pictures
 
 TARGET, SOURCES = "bright", ("dark", "middle")
 
@@ -152,21 +152,15 @@ def test_one_domain_and_some_classes(run, tmp_path, capsys):
     assert "qtdog predict" in refused(capsys, run, "--data-dir", fresh / "dark" / "blue")
 
 
-def test_ensembles_and_single_runs(trained, digits_dir, tmp_path, capsys):
+def test_ensembles_and_single_runs(trained, float_runs, digits_dir, tmp_path, capsys):
     """Float runs, quantized ones and an ensemble of float ones, on digits."""
     for run in trained.rglob("trial0_seed?"):
         found, out = judged(capsys, run)
         card = read_card(run)
         assert found["0"] == (f"{100 * card.target_accuracy:.1f}", 16, "target") and len(found) == 6
-    runs = shutil.copytree(trained / "RotatedMNIST" / "erm", tmp_path / "erm")
-    (first,) = runs.rglob("trial0_seed0")
-    second = shutil.copytree(first, first.parent / "trial0_seed1")
-    card = json.loads((second / "model.json").read_text())
-    card["config"]["seed"] = 1
-    write_card(second, card)
-    assert main(["ensemble", str(runs), "--device", "cpu"]) == 0
-    moved = shutil.copytree(runs, tmp_path / "moved")
-    shutil.rmtree(runs)
+    assert main(["ensemble", str(float_runs), "--device", "cpu"]) == 0
+    moved = shutil.copytree(float_runs, tmp_path / "moved")
+    shutil.rmtree(float_runs)
     (record,) = read_records(next(moved.rglob("trial0_ensemble/results.jsonl")))
     found, out = judged(capsys, next(moved.rglob("trial0_ensemble")), "--data-dir", digits_dir)
     assert "of 2 members" in out and found["0"][0] == f"{100 * record['target_accuracy']:.1f}"

@@ -1,7 +1,6 @@
 """`qtdog ensemble` writes the packed file, `qtdog eval` judges it, `qtdog predict` uses it."""
 
 import json
-import shutil
 import zipfile
 from collections import Counter
 
@@ -14,7 +13,7 @@ import qkernels as qk
 from qtdog.cli import main
 from qtdog.files import read_records
 from qtdog.results.runs import load_model
-from tiny import ICON_STYLES, LITE0_WEIGHTS, write_card
+from tiny import ICON_STYLES, LITE0_WEIGHTS
 
 
 @pytest.mark.slow
@@ -59,6 +58,17 @@ def test_predict(packed, pictures, capsys):
     assert line.startswith(images[0]) and "(disagreement " in line and line.count(",") == 0
 
 
+def test_predict_loses_nothing_before_a_broken_picture(packed, pictures, tmp_path, capsys):
+    images = [str(path) for path in sorted((pictures / "dark").glob("*/*.png"))] * 2  # more than a batch
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    table = tmp_path / "answers.csv"
+    assert main(["predict", str(packed), *images, str(broken), images[0], "--csv", str(table), "--device", "cpu"]) == 2
+    told = capsys.readouterr()
+    assert f"cannot read the image {broken}" in told.err and len(told.out.splitlines()) == len(images) > 32
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["image", *images]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -94,19 +104,13 @@ def test_integer_activations(picture_runs, tmp_path, capsys, method):
     assert qk.PackedEnsemble.load(next(tmp_path.rglob("packed"))).integer
 
 
-def test_integer_activations_need_quantized_members(trained, digits_dir, tmp_path, capsys):
-    runs = shutil.copytree(trained / "RotatedMNIST" / "erm", tmp_path / "erm")
-    (first,) = runs.rglob("trial0_seed0")
-    second = shutil.copytree(first, first.parent / "trial0_seed1")
-    card = json.loads((second / "model.json").read_text())
-    card["config"]["seed"] = 1
-    write_card(second, card)
-    assert main(["ensemble", str(runs), "--integer", "mse", "--device", "cpu"]) == 2
+def test_integer_activations_need_quantized_members(float_runs, capsys):
+    assert main(["ensemble", str(float_runs), "--integer", "mse", "--device", "cpu"]) == 2
     told = capsys.readouterr()
     assert "erm on RotatedMNIST, target 0, trial 0 is float: no integer activations" in told.out
     assert "no two quantized runs share" in told.err
-    assert main(["ensemble", str(runs), "--device", "cpu"]) == 0
-    assert not list(runs.rglob("packed"))
+    assert main(["ensemble", str(float_runs), "--device", "cpu"]) == 0
+    assert not list(float_runs.rglob("packed"))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from sklearn import metrics as sk
 from qtdog.analysis.pictures import save_picture
 from qtdog.results import metric_plots
 from qtdog.results import metrics as ours
+from qtdog.results.predictions import Answers
 
 
 def random_case(seed, n=200, classes=7, sharpness=3.0, absent=()):
@@ -114,7 +115,8 @@ def test_log_probabilities_a_little_above_zero():
 def test_disagreement():
     together = torch.tensor([[2.0, 1], [2, 1], [1, 2]])
     members = torch.stack([together, together.flip(1), torch.tensor([[2.0, 1], [1, 2], [1, 2]])])
-    assert ours.disagreement(members, together).tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 3])
+    answers = Answers(together, members.argmax(-1))
+    assert answers.disagreement.tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 3])
 
 
 def test_risk_coverage_by_hand():
