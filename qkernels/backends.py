@@ -32,8 +32,10 @@ STEMS = {  # the file that holds each op in qkernels/ops, qkernels/triton and cs
     "packed_conv2d": "packed_conv2d",
     "packed_conv2d_int8": "packed_conv2d",
     "packed_gemv": "packed_gemv",
+    "packed_network": "packed_network",
 }
 NOT_IN_CUDA = ("packed_conv2d", "packed_conv2d_int8")  # convolutions run on tensor cores through Triton alone
+FOR_CPUS = ("packed_network",)  # a GPU has CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def _serve(op: str, device: str, key: str, backend: str, reason: str) -> None:
 def _choose(candidates: tuple[str, ...], op: str) -> tuple[str, str]:
     """The first backend that is there, and why those before it are not."""
     missing: list[str] = []
+    if op in FOR_CPUS and candidates != ("cpp",):
+        return "reference", f"{op} is made for CPUs"
     for backend in candidates:
         why = f"{op} is not written in C++/CUDA" if backend == "cuda" and op in NOT_IN_CUDA else library.load(backend)
         if why is None:
@@ -103,7 +107,8 @@ def load() -> None:
     }
     for op in SCHEMAS:
         for device, key, candidates in (("cpu", "CPU", ("cpp",)), ("cuda", "CUDA", ("cuda", "triton"))):
-            if forced is not None and forced_on[device] and not (forced == "cuda" and op in NOT_IN_CUDA):
+            elsewhere = (forced == "cuda" and op in NOT_IN_CUDA) or (forced == "triton" and op in FOR_CPUS)
+            if forced is not None and forced_on[device] and not elsewhere:
                 _serve(op, device, key, forced, "QKERNELS_BACKEND")
             else:
                 _serve(op, device, key, *_choose(candidates, op))

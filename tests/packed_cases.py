@@ -16,7 +16,7 @@ from qkernels.ops.geometry import Geometry
 backend = Backend("reference")  # which `each_backend` chooses anew for each test
 
 # C++ with the kernels of every instruction set that this CPU has, and the others.
-ISAS = ("portable", "avx2", "avx512vnni")
+ISAS = ("portable", "emulated_amx", "avx2", "avxvnni", "avx512vnni", "amx")
 BACKENDS = (
     "reference",
     *(compiled(f"cpp-{isa}") for isa in ISAS),
@@ -31,7 +31,7 @@ def each_backend(request, monkeypatch):
     if (why := why_not(name)) is not None:
         pytest.skip(why)
     if isa:
-        if isa not in ("portable", *library.cpu_features()):
+        if isa not in ("portable", "emulated_amx", *library.cpu_features()):
             pytest.skip(f"this CPU lacks {isa}")
         monkeypatch.setenv("QKERNELS_CPU_ISA", isa)
     backend.choose(name)

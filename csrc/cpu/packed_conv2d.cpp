@@ -16,8 +16,6 @@ namespace {
 
 using Numbers = std::vector<int64_t>;
 
-constexpr int64_t kMostTerms = (int64_t{1} << 31) / (255 * 128);  // of a sum of products of codes that surely fits int32
-
 // As the schema has it: (height, width) each, and padding as (top, left, bottom, right).
 struct Geometry {
   const Numbers &kernel, &stride, &padding, &dilation;
@@ -143,10 +141,11 @@ Tensor packed_conv2d(
       .out = y.data_ptr(),
       .out_dtype = x.scalar_type()};
   if (y.numel() == 0) return y;
-  if (s.depthwise())
-    convolve_depthwise(image_of_floats(channels_last(x), s.unpadded(), 1), s, weights, e);
-  else
-    convolve_floats(image_of_floats(channels_last(x), s, 1), s, weights, e);
+  x = channels_last(x);
+  TensorMemory memory(x);
+  std::vector<Stage> stages;
+  (s.depthwise() ? convolve_depthwise_floats : convolve_floats)(pixels_of(x), s, weights, e, memory, stages);
+  run_stages(stages);
   return y;
 }
 
@@ -183,10 +182,11 @@ Tensor packed_conv2d_int8(
       .qmin = static_cast<float>(qmin),
       .qmax = static_cast<float>(qmax)};
   if (y.numel() == 0) return y;
-  if (s.depthwise())
-    convolve_depthwise(image_of_codes(channels_last(x), s.unpadded(), 1), s, weights, e);
-  else
-    convolve_codes(image_of_codes(channels_last(x), s, 4), s, weights, e);
+  x = channels_last(x);
+  TensorMemory memory(x);
+  std::vector<Stage> stages;
+  (s.depthwise() ? convolve_depthwise_codes : convolve_codes)(pixels_of(x), s, weights, e, memory, stages);
+  run_stages(stages);
   return y;
 }
 

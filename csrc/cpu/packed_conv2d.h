@@ -2,12 +2,16 @@
 #pragma once
 
 #include "packed_epilogue.h"
+#include "stages.h"
 
 #include "../tensor_layout.h"
 
 #include <cstdint>
+#include <vector>
 
 namespace qkernels {
+
+constexpr int64_t kMostTerms = (int64_t{1} << 31) / (255 * 128);  // of a sum of products of codes that surely fits int32
 
 struct Sizes {  // a linear layer's but for the four without a value here
   int64_t members, images;  // images of each member
@@ -37,32 +41,52 @@ struct PackedWeights {
   int bits;
 };
 
+// Elements in the order [images, height, width, channels], one after another.
+struct Pixels {
+  const void* data;
+  ScalarType dtype;
+  int64_t images;
+};
+
+// Memory for what the stages of an op hand on; it stays until they have run.
+class Memory {
+ public:
+  virtual ~Memory() = default;
+  virtual void* take(int64_t bytes) = 0;
+};
+
 // The input as [images, height, width, channels]: uint8 codes, raised by `raised_by` if they are signed, or float32.
 // Strides are in elements.
 template <class X>
 struct Image {
-  const X* data;
+  const X *data, *end;
   int64_t image, row, pixel;
   int64_t window_down, window_right;  // from an output's window to those below and beside it
   int64_t tap_down, tap_right;        // from a tap of the kernel to those below and beside it
   int64_t group;              // channels of a group: its own, then zeros that fill them up to the kernel's step
   int32_t raised_by;
-  Tensor owner;
 };
 
-// Lays x, whose elements lie in the order [images, height, width, channels], out as an image that includes the padding
-// and whose groups are a multiple of `step` channels; no copy if x is one already. For a depthwise convolution a
-// channel is repeated for each output channel that reads it. A copy takes as many elements as x has with its padding,
-// or where that is more than twice as high or wide as x at most one kernel for each output.
-Image<uint8_t> image_of_codes(const Tensor& x, const Sizes& sizes, int64_t step);
-Image<float> image_of_floats(const Tensor& x, const Sizes& sizes, int64_t step);
+// Lays x out as an image that includes the padding and whose groups are a multiple of `step` channels, by a stage that
+// copies it; no copy if x is one already. For a depthwise convolution a channel is repeated for each output channel
+// that reads it. A copy takes as many elements as x has with its padding, or where that is more than twice as high or
+// wide as x at most one kernel for each output.
+Image<uint8_t> image_of_codes(const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
+Image<float> image_of_floats(const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
 
-// y into e.out. The images of the first two include the padding, those of depthwise convolutions do not.
-void convolve_codes(const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e);
-void convolve_floats(const Image<float>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e);
-void convolve_depthwise(
-    const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e);
-void convolve_depthwise(
-    const Image<float>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e);
+// The stages that compute e.out of x.
+void convolve_codes(
+    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
+    std::vector<Stage>& stages);
+void convolve_floats(
+    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
+    std::vector<Stage>& stages);
+// The same of depthwise convolutions.
+void convolve_depthwise_codes(
+    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
+    std::vector<Stage>& stages);
+void convolve_depthwise_floats(
+    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
+    std::vector<Stage>& stages);
 
 }  // namespace qkernels

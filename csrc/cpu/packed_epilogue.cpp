@@ -279,12 +279,12 @@ bool finish_codes(
     const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t at) {
 #if defined(__x86_64__)
   const bool codes = e.out_scale != nullptr && (e.residual == nullptr || e.residual_scale != nullptr);
-  if (!codes || e.activation == Activation::silu || e.isa == Isa::portable) return false;
+  if (!codes || e.activation == Activation::silu || !(has_avx512(e.isa) || has_avx2(e.isa))) return false;
   const Requantizer q(block.out_scale, e.qmin, e.qmax);
   uint8_t* out = static_cast<uint8_t*>(e.out) + at;
   with_residual(e, at, [&](const auto* residual) {
     using Residual = std::remove_cv_t<std::remove_pointer_t<decltype(residual)>>;
-    const auto run = e.isa == Isa::avx512vnni ? &codes_of_sums_avx512<Residual> : &codes_of_sums_avx2<Residual>;
+    const auto run = has_avx512(e.isa) ? &codes_of_sums_avx512<Residual> : &codes_of_sums_avx2<Residual>;
     run(block, q, bounds_of(e.activation), sums, stride, residual, e.channels, rows, out);
   });
   return true;

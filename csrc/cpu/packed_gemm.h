@@ -3,22 +3,21 @@
 // It is a matrix product without the matrix: the input, its padding included, is one image in memory, in which the
 // weights of every output pixel meet contiguous runs of elements at the same offsets from the pixel's first.
 //
-// The work is cut into (member, group, block of output channels, tile of a few output pixels), a block being as many
-// panels of up to 64 channels as fit in kPanelBytes of the second-level cache, at least one. A thread takes a
-// contiguous run of tiles. Where its block changes it unpacks that block's weights, which then stay in the cache while
-// the tiles stream past. So weights are read once a thread from their bits, the input once a block, and sums never
-// leave the registers and the first-level cache before they are finished.
+// The work is cut into (member, group, block of output channels, slice of the output pixels), a block being one or more
+// panels of up to 64 channels, at most kPanelBytes of the second-level cache. A chunk unpacks its block's weights, which
+// stay in the cache while the tiles of a few pixels stream past. So weights are read once from their bits, or once a
+// slice where a few channels have many pixels, the input once a block, and sums never leave the registers and the
+// first-level cache before they are finished.
 //
 // Scratch of a thread: kPanelBytes or one panel of 64 * depth weights, whichever is more, and 32 * depth codes, with
-// depth = kernel_h * kernel_w * C_in / groups.
+// depth = kernel_h * kernel_w * C_in / groups; where inputs are gathered for tiles, 32 * depth elements more.
 #pragma once
 
 #include "packed_conv2d.h"
 #include "packed_weights.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 namespace qkernels {
@@ -28,7 +27,7 @@ constexpr int64_t kMostVectors = kBlockChannels / kLanes;  // vectors of output 
 constexpr int64_t kMostPixels = 12;
 constexpr int64_t kPanelBytes = 384 << 10;                 // that a block of several panels has at most
 constexpr int64_t kRoomBehind = 64;                        // bytes behind codes that may be read
-constexpr int64_t kGrainProducts = 1 << 19;                // fewer are not worth waking a thread for
+constexpr int64_t kSlicePixels = 256;                      // fewer are not worth unpacking weights for once more
 
 // How large tiles are: up to `most_vectors` wide, and at most pixels[v - 1] high with v vectors.
 struct TileSizes {
@@ -36,6 +35,12 @@ struct TileSizes {
   int64_t pixels[kMostVectors];
 };
 constexpr TileSizes kWideTiles{4, {12, 12, 8, 6}};  // at most 24 vectors of sums
+
+// How a panel walks the depth of a window: `count` contiguous runs of `steps` steps each, in the panel followed by rows
+// of zeros up to `panel_steps`.
+struct Depth {
+  int64_t count, steps, panel_steps;
+};
 
 // One tile: sums[r][c] = start[c] + sum over runs t and elements k of pixels[r][runs[t] + k] * panel[t][k][c].
 template <class X, class Weight, class Sum>
@@ -46,26 +51,6 @@ struct TileArguments {
   const Weight* panel;
   const Sum* start;
   Sum* sums;  // [pixels, kBlockChannels]
-};
-
-// A microkernel reads steps of kStep input elements, each against a panel row of [16 * vectors][kStep] weights.
-template <class X_, class Weight_, class Sum_, int64_t kStep_>
-struct Gemm {
-  using X = X_;
-  using Weight = Weight_;
-  using Sum = Sum_;
-  using Arguments = TileArguments<X, Weight, Sum>;
-  static constexpr int64_t kStep = kStep_;
-
-  // Computes a tile of that many pixels and vectors.
-  using Run = void (*)(const Arguments&, int64_t pixels, int64_t vectors);
-  // Writes 16 channels' codes, rows [channels][steps * kStep] that lie `stride` apart, into their lanes of the panel;
-  // may read kRoomBehind bytes behind them.
-  using Fill = void (*)(const int8_t* rows, int64_t stride, int64_t steps, int64_t vectors, Weight* lanes);
-
-  TileSizes sizes;
-  Run run;
-  Fill fill;
 };
 
 // Where the contiguous runs of a window begin in an image, and their length: rows of the kernel if its columns are
@@ -116,23 +101,25 @@ class Windows {
   const X* at_;
 };
 
-// How the output channels of a group are cut: into panels of a multiple of 16 channels, and blocks of panels.
+// How the output channels of a group are cut into panels of a multiple of 16 channels, and blocks of panels.
 struct ChannelCut {
-  int64_t channels, panel_channels, panels, block_panels, blocks, tile_pixels;
+  int64_t channels, panel_channels, panels, block_panels, blocks;
 
-  ChannelCut(const TileSizes& sizes, int64_t group_channels, int64_t channel_bytes) : channels(group_channels) {
+  // At least `wanted` blocks of `groups` groups, if there are as many panels.
+  ChannelCut(int64_t most_vectors, int64_t group_channels, int64_t channel_bytes, int64_t groups, int64_t wanted)
+      : channels(group_channels) {
     const int64_t vectors = (channels + kLanes - 1) / kLanes;
-    panels = (vectors + sizes.most_vectors - 1) / sizes.most_vectors;
+    panels = (vectors + most_vectors - 1) / most_vectors;
     panel_channels = (vectors + panels - 1) / panels * kLanes;
     panels = (channels + panel_channels - 1) / panel_channels;
-    block_panels = std::clamp<int64_t>(kPanelBytes / (panel_channels * channel_bytes), 1, panels);
+    const int64_t fitting = kPanelBytes / (panel_channels * channel_bytes), even = panels * groups / wanted;
+    block_panels = std::clamp<int64_t>(std::min(fitting, even), 1, panels);
     blocks = (panels + block_panels - 1) / block_panels;
-    tile_pixels = sizes.pixels[panel_channels / kLanes - 1];
   }
 };
 
 // The weights of some channels as the microkernel reads them: [steps][16 * vectors][kStep], zeros where a group's
-// channels or the last 16 outputs were filled up; what each channel's sum starts at; and its epilogue's constants.
+// channels, the last 16 outputs or a run were filled up; what each channel's sum starts at; and its epilogue's constants.
 template <class G>
 struct Panel {
   int64_t first, vectors;
@@ -146,9 +133,11 @@ template <class G>
 class Unpacker {
  public:
   Unpacker(const G& gemm, const Sizes& s, const PackedWeights& packed, const Image<typename G::X>& image,
-           int64_t elements)
-      : gemm_(gemm), sizes_(s), packed_(packed), image_(image), elements_(elements),
-        room_(room_for_codes(kLanes * s.codes_a_channel())), rows_(kLanes * elements + kRoomBehind) {}
+           const Depth& depth, Isa isa, Scratch& scratch)
+      : gemm_(gemm), sizes_(s), packed_(packed), image_(image), depth_(depth), isa_(isa),
+        elements_(depth.count * depth.steps * G::kStep),
+        room_(scratch.take<int8_t>(room_for_codes(kLanes * s.codes_a_channel()))),
+        rows_(scratch.take<int8_t>(kLanes * elements_ + kRoomBehind)) {}
 
   // Channels [first, first + count) of a member into `weights`.
   Panel<G> panel(const Epilogue& e, int64_t member, int64_t first, int64_t count, typename G::Weight* weights) {
@@ -157,17 +146,28 @@ class Unpacker {
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t channel = first + v * kLanes, n = std::min(kLanes, first + count - channel);
       const int8_t* codes = unpack_range(
-          packed_.data + member * packed_.bytes, packed_.bits, channel * length, n * length, room_.data());
+          packed_.data + member * packed_.bytes, packed_.bits, channel * length, n * length, isa_, room_);
       for (int64_t c = 0; image_.raised_by != 0 && c < n; ++c)
         panel.start[v * kLanes + c] = -image_.raised_by * sum(codes + c * length, length);
       int64_t stride = length;
       if (n < kLanes || length != elements_) codes = filled_up(codes, n), stride = elements_;
-      gemm_.fill(codes, stride, elements_ / G::kStep, panel.vectors, weights + v * kLanes * G::kStep);
+      fill(codes, stride, panel.vectors, weights + v * kLanes * G::kStep);
     }
     return panel;
   }
 
  private:
+  // 16 channels' codes into their lanes.
+  void fill(const int8_t* codes, int64_t stride, int64_t vectors, typename G::Weight* lanes) const {
+    const int64_t step = vectors * kLanes * G::kStep;
+    if (depth_.panel_steps == depth_.steps) return gemm_.fill(codes, stride, depth_.count * depth_.steps, vectors, lanes);
+    for (int64_t run = 0; run < depth_.count; ++run) {
+      gemm_.fill(codes + run * depth_.steps * G::kStep, stride, depth_.steps, vectors, lanes);
+      for (int64_t i = depth_.steps; i < depth_.panel_steps; ++i)
+        std::fill_n(lanes + i * step, kLanes * G::kStep, typename G::Weight{});
+      lanes += depth_.panel_steps * step;
+    }
+  }
   static int32_t sum(const int8_t* codes, int64_t n) {
     int32_t total = 0;
     for (int64_t i = 0; i < n; ++i) total += codes[i];
@@ -175,70 +175,151 @@ class Unpacker {
   }
   // All 16 channels, with the zeros between taps that the image has between pixels.
   const int8_t* filled_up(const int8_t* codes, int64_t n) {
-    std::fill_n(rows_.data(), kLanes * elements_, 0);
+    std::fill_n(rows_, kLanes * elements_, 0);
     for (int64_t c = 0; c < n; ++c)
       for (int64_t tap = 0; tap < elements_ / image_.group; ++tap)
         std::copy_n(
             codes + c * sizes_.codes_a_channel() + tap * sizes_.depth(), sizes_.depth(),
-            rows_.data() + c * elements_ + tap * image_.group);
-    return rows_.data();
+            rows_ + c * elements_ + tap * image_.group);
+    return rows_;
   }
 
   const G& gemm_;
   const Sizes& sizes_;
   const PackedWeights& packed_;
   const Image<typename G::X>& image_;
+  const Depth depth_;
+  Isa isa_;
   int64_t elements_;
-  AlignedArray<int8_t> room_, rows_;
+  int8_t *room_, *rows_;
+};
+
+// What a kernel computes tiles of: the output pixels of a member's channels of a group, those in `panels`.
+template <class G>
+struct TileJob {
+  const Image<typename G::X>& image;
+  const Sizes& sizes;
+  const Epilogue& e;
+  const Runs& runs;
+  const Depth& depth;
+  const std::vector<Panel<G>>& panels;
+  int64_t member, group;
+
+  int64_t out(int64_t pixel, const Panel<G>& panel) const {
+    return (member * sizes.out_pixels() + pixel) * e.channels + panel.first;
+  }
+};
+
+// A kernel reads steps of kStep input elements, each against a panel row of [16 * vectors][kStep] weights. This one
+// takes pixels wherever they are.
+template <class X_, class Weight_, class Sum_, int64_t kStep_>
+struct Gemm {
+  using X = X_;
+  using Weight = Weight_;
+  using Sum = Sum_;
+  using Arguments = TileArguments<X, Weight, Sum>;
+  static constexpr int64_t kStep = kStep_;
+
+  // Computes a tile of that many pixels and vectors.
+  using Run = void (*)(const Arguments&, int64_t pixels, int64_t vectors);
+  // Writes 16 channels' codes, rows [channels][steps * kStep] that lie `stride` apart, into their lanes of the panel;
+  // may read kRoomBehind bytes behind them.
+  using Fill = void (*)(const int8_t* rows, int64_t stride, int64_t steps, int64_t vectors, Weight* lanes);
+
+  TileSizes sizes;
+  Run run;
+  Fill fill;
+
+  int64_t most_vectors() const { return sizes.most_vectors; }
+  Depth depth(int64_t runs, int64_t steps) const { return {runs, steps, steps}; }
+  int64_t tile_pixels(int64_t vectors) const { return sizes.pixels[vectors - 1]; }
+  int64_t tiles(const Image<X>&, const Sizes& s, int64_t vectors) const {
+    return (s.out_pixels() + tile_pixels(vectors) - 1) / tile_pixels(vectors);
+  }
+  // The tiles [first, last), of panels of so many vectors.
+  void run_tiles(const TileJob<Gemm>& job, int64_t vectors, int64_t first, int64_t last, Scratch&) const {
+    const int64_t height = tile_pixels(vectors), stop = std::min(job.sizes.out_pixels(), last * height);
+    alignas(64) Sum sums[kMostPixels * kBlockChannels];
+    Windows<X> windows(job.image, job.sizes, job.member, first * height);
+    Arguments tile{{}, job.runs.offsets.data(), job.depth.count, job.depth.steps, nullptr, nullptr, sums};
+    for (int64_t pixel = first * height; pixel < stop; pixel += height) {
+      const int64_t n = std::min(height, stop - pixel);
+      for (int64_t r = 0; r < n; ++r) tile.pixels[r] = windows.next() + job.group * job.image.group;
+      for (const Panel<Gemm>& panel : job.panels) {
+        tile.panel = panel.weights;
+        tile.start = panel.start;
+        prefetch_results(job.e, panel.constants, n, job.out(pixel, panel));
+        run(tile, n, panel.vectors);
+        finish(job.e, panel.constants, sums, kBlockChannels, n, job.out(pixel, panel));
+      }
+    }
+  }
+};
+
+// A convolution, a chunk at a time.
+template <class G>
+class Convolution {
+ public:
+  Convolution(const G& gemm, const Image<typename G::X>& image, const Sizes& s, const PackedWeights& packed,
+              const Epilogue& e)
+      : gemm_(gemm), image_(image), s_(s), packed_(packed), e_(e), runs_(image, s),
+        depth_(gemm.depth(static_cast<int64_t>(runs_.offsets.size()), runs_.length / G::kStep)),
+        cut_(gemm.most_vectors(), s.out_channels / s.groups,
+             depth_.count * depth_.panel_steps * G::kStep * sizeof(typename G::Weight), s.members * s.groups,
+             wanted_chunks()),
+        vectors_(cut_.panel_channels / kLanes), tiles_(gemm.tiles(image, s, vectors_)) {
+    const int64_t blocks = s.members * s.groups * cut_.blocks;
+    slices_ = std::clamp<int64_t>(
+        (wanted_chunks() + blocks - 1) / blocks, 1, std::clamp<int64_t>(s.out_pixels() / kSlicePixels, 1, tiles_));
+  }
+
+  Stage stage(std::shared_ptr<const Convolution> self) const {
+    constexpr int64_t products = 64 / sizeof(typename G::Weight);  // of an instruction
+    const int64_t work = s_.members * s_.out_pixels() * s_.out_channels * runs_.elements() / products;
+    return {s_.members * s_.groups * cut_.blocks * slices_, work, [self](int64_t chunk) { self->run(chunk); }};
+  }
+
+ private:
+  void run(int64_t chunk) const {
+    const int64_t slice = chunk % slices_, block = chunk / slices_;
+    const int64_t member = block / (s_.groups * cut_.blocks), group = block / cut_.blocks % s_.groups;
+    Scratch scratch;
+    const std::vector<Panel<G>> panels = unpack(member, group, block % cut_.blocks * cut_.block_panels, scratch);
+    const TileJob<G> job{image_, s_, e_, runs_, depth_, panels, member, group};
+    gemm_.run_tiles(job, vectors_, slice * tiles_ / slices_, (slice + 1) * tiles_ / slices_, scratch);
+  }
+
+  std::vector<Panel<G>> unpack(int64_t member, int64_t group, int64_t first_panel, Scratch& scratch) const {
+    const int64_t size = cut_.panel_channels * depth_.count * depth_.panel_steps * G::kStep;
+    auto* weights = scratch.take<typename G::Weight>(cut_.block_panels * size);
+    Unpacker<G> unpacker(gemm_, s_, packed_, image_, depth_, e_.isa, scratch);
+    std::vector<Panel<G>> panels;
+    for (int64_t p = 0; p < std::min(cut_.block_panels, cut_.panels - first_panel); ++p) {
+      const int64_t first = (first_panel + p) * cut_.panel_channels;
+      panels.push_back(unpacker.panel(
+          e_, member, group * cut_.channels + first, std::min(cut_.panel_channels, cut_.channels - first),
+          weights + p * size));
+    }
+    return panels;
+  }
+
+  const G gemm_;
+  const Image<typename G::X> image_;
+  const Sizes s_;
+  const PackedWeights packed_;
+  const Epilogue e_;
+  const Runs runs_;
+  const Depth depth_;
+  const ChannelCut cut_;
+  const int64_t vectors_, tiles_;
+  int64_t slices_;
 };
 
 template <class G>
-void convolve(
+Stage convolution(
     const G& gemm, const Image<typename G::X>& image, const Sizes& s, const PackedWeights& packed, const Epilogue& e) {
-  const Runs runs(image, s);
-  const int64_t channel_weights = runs.elements();
-  const ChannelCut cut(gemm.sizes, s.out_channels / s.groups, channel_weights * sizeof(typename G::Weight));
-  const int64_t pixels = s.out_pixels(), height = cut.tile_pixels, tiles = (pixels + height - 1) / height;
-  const int64_t products = height * cut.block_panels * cut.panel_channels * channel_weights;
-
-  const auto run_tiles = [&](int64_t begin, int64_t end) {
-    Unpacker<G> unpacker(gemm, s, packed, image, channel_weights);
-    AlignedArray<typename G::Weight> weights(cut.block_panels * cut.panel_channels * channel_weights);
-    alignas(64) typename G::Sum sums[kMostPixels * kBlockChannels];
-    std::vector<Panel<G>> panels;
-    while (begin < end) {
-      const int64_t block = begin / tiles, last = std::min(end, (block + 1) * tiles);
-      const int64_t member = block / (s.groups * cut.blocks), group = block / cut.blocks % s.groups;
-      const int64_t first_panel = block % cut.blocks * cut.block_panels;
-      panels.clear();
-      for (int64_t p = 0; p < std::min(cut.block_panels, cut.panels - first_panel); ++p) {
-        const int64_t first = (first_panel + p) * cut.panel_channels;
-        panels.push_back(unpacker.panel(
-            e, member, group * cut.channels + first, std::min(cut.panel_channels, cut.channels - first),
-            weights.data() + p * cut.panel_channels * channel_weights));
-      }
-      const int64_t stop = std::min(pixels, (last - block * tiles) * height);
-      int64_t pixel = (begin - block * tiles) * height;
-      Windows<typename G::X> windows(image, s, member, pixel);
-      typename G::Arguments tile{{}, runs.offsets.data(), static_cast<int64_t>(runs.offsets.size()),
-                                 runs.length / G::kStep, nullptr, nullptr, sums};
-      for (; pixel < stop; pixel += height) {
-        const int64_t n = std::min(height, stop - pixel);
-        for (int64_t r = 0; r < n; ++r) tile.pixels[r] = windows.next() + group * image.group;
-        for (const Panel<G>& panel : panels) {
-          tile.panel = panel.weights;
-          tile.start = panel.start;
-          const int64_t out = (member * pixels + pixel) * e.channels + panel.first;
-          prefetch_results(e, panel.constants, n, out);
-          gemm.run(tile, n, panel.vectors);
-          finish(e, panel.constants, sums, kBlockChannels, n, out);
-        }
-      }
-      begin = last;
-    }
-  };
-  torch::stable::parallel_for(
-      0, s.members * s.groups * cut.blocks * tiles, std::max<int64_t>(1, kGrainProducts / products), run_tiles);
+  const auto convolution = std::make_shared<const Convolution<G>>(gemm, image, s, packed, e);
+  return convolution->stage(convolution);
 }
 
 // A table of wide tiles: WideTiles<Tile, Arguments>::run(a, pixels, vectors) is Tile<pixels, vectors>::run(a).

@@ -10,6 +10,7 @@
 #include "packed_fill_avx2.h"
 #include "packed_fill_avx512.h"
 #include "packed_gemm.h"
+#include "packed_tile_amx.h"
 #include "packed_tile_avx2.h"
 #include "vectorized.h"
 
@@ -109,6 +110,18 @@ struct WideProducts : Avx2Codes {
   }
 };
 
+struct AvxVnniProducts : Avx2Codes {
+  using Inputs = __m256i;
+  using Weights = __m256i;
+  static constexpr int kSteps = 1;
+
+  QK_AVX_VNNI static Inputs load_inputs(const uint8_t* x) { return broadcast(x); }
+  QK_AVX_VNNI static Weights load_weights(const int8_t* p) { return load(p); }
+  QK_AVX_VNNI static Sums multiply_add(Inputs x, Weights weights, Sums sums) {
+    return _mm256_dpbusd_avx_epi32(sums, x, weights);
+  }
+};
+
 template <class Products>
 constexpr CodesGemm kAvx2Gemm{kAvx2Tiles, &Avx2Tile<CodesGemm, Products>::run, &fill_codes_avx2};
 
@@ -161,16 +174,27 @@ CodesGemm gemm_of(Isa isa, int bits, int64_t channels) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx512vnni: return {kWideTiles, &WideTiles<VnniTile, Arguments>::run, &fill_codes_avx512};
+    case Isa::avxvnni: return kAvx2Gemm<AvxVnniProducts>;
     case Isa::avx2: return avx2_gemm(bits, channels);
 #endif
     default: return {kWideTiles, &WideTiles<PortableTile, Arguments>::run, &fill};
   }
 }
 
+Stage convolution_of(const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
+#if defined(__x86_64__)
+  if (e.isa == Isa::amx) return convolution(AmxGemm<AmxTiles>{&fill_codes_avx512}, image, sizes, weights, e);
+#endif
+  if (e.isa == Isa::emulated_amx) return convolution(AmxGemm<EmulatedTiles>{&fill}, image, sizes, weights, e);
+  return convolution(gemm_of(e.isa, weights.bits, image.group), image, sizes, weights, e);
+}
+
 }  // namespace
 
-void convolve_codes(const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
-  convolve(gemm_of(e.isa, weights.bits, image.group), image, sizes, weights, e);
+void convolve_codes(
+    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
+    std::vector<Stage>& stages) {
+  stages.push_back(convolution_of(image_of_codes(x, sizes, CodesGemm::kStep, memory, stages), sizes, weights, e));
 }
 
 }  // namespace qkernels

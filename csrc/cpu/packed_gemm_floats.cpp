@@ -85,7 +85,9 @@ struct Avx512Tile {
 FloatGemm gemm_of(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
+    case Isa::amx:
     case Isa::avx512vnni: return {kWideTiles, &WideTiles<Avx512Tile, Arguments>::run, &fill_floats_avx512};
+    case Isa::avxvnni:
     case Isa::avx2: return {kAvx2Tiles, &Avx2Tile<FloatGemm, FloatProducts>::run, &fill_floats_avx2};
 #endif
     default: return {kWideTiles, &WideTiles<PortableTile, Arguments>::run, &fill};
@@ -94,8 +96,10 @@ FloatGemm gemm_of(Isa isa) {
 
 }  // namespace
 
-void convolve_floats(const Image<float>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
-  convolve(gemm_of(e.isa), image, sizes, weights, e);
+void convolve_floats(
+    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
+    std::vector<Stage>& stages) {
+  stages.push_back(convolution(gemm_of(e.isa), image_of_floats(x, sizes, 1, memory, stages), sizes, weights, e));
 }
 
 }  // namespace qkernels

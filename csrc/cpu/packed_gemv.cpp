@@ -15,8 +15,8 @@
 namespace qkernels {
 namespace {
 
-constexpr int64_t kChannels = 16;           // unpacked at a time
-constexpr int64_t kGrainWeights = 1 << 16;  // fewer are not worth waking a thread for
+constexpr int64_t kChannels = 16;  // unpacked at a time
+constexpr int64_t kProducts = 16;  // of an instruction
 
 // In as many sums as keep the processor's adders busy.
 QK_VECTORIZED float dot(const float* x, const int8_t* codes, int64_t n) {
@@ -32,23 +32,26 @@ QK_VECTORIZED float dot(const float* x, const int8_t* codes, int64_t n) {
 }
 
 // One row a member.
-void multiply(const Image<float>& x, const Sizes& s, const PackedWeights& packed, const Epilogue& e) {
-  const int64_t depth = s.in_channels;
-  const int64_t blocks = (s.out_channels + kChannels - 1) / kChannels;
-  const int64_t grain = std::max<int64_t>(1, kGrainWeights / (kChannels * depth));
-  torch::stable::parallel_for(0, s.members * blocks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int8_t> room(room_for_codes(kChannels * depth));
-    alignas(64) float sums[kChannels];
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t member = block / blocks, first = block % blocks * kChannels;
-      const int64_t count = std::min(kChannels, s.out_channels - first);
-      const int8_t* codes = unpack_range(
-          packed.data + member * packed.bytes, packed.bits, first * depth, count * depth, room.data());
-      const float* row = x.data + (s.shared ? 0 : member * depth);
-      for (int64_t c = 0; c < count; ++c) sums[c] = dot(row, codes + c * depth, depth);
-      finish(e, ChannelBlock(e, member, first, count), sums, kChannels, 1, member * e.channels + first);
-    }
-  });
+void multiply(
+    const Pixels& x, const Sizes& s, const PackedWeights& packed, const Epilogue& e, Memory& memory,
+    std::vector<Stage>& stages) {
+  const int64_t depth = s.in_channels, blocks = (s.out_channels + kChannels - 1) / kChannels;
+  const float* rows = image_of_floats(x, s, 1, memory, stages).data;
+  stages.push_back(evenly_cut(
+      s.members * blocks, s.members * s.out_channels * depth / kProducts, [=](int64_t begin, int64_t end) {
+        Scratch scratch;
+        int8_t* room = scratch.take<int8_t>(room_for_codes(kChannels * depth));
+        alignas(64) float sums[kChannels];
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t member = block / blocks, first = block % blocks * kChannels;
+          const int64_t count = std::min(kChannels, s.out_channels - first);
+          const int8_t* codes = unpack_range(
+              packed.data + member * packed.bytes, packed.bits, first * depth, count * depth, e.isa, room);
+          const float* row = rows + (s.shared ? 0 : member * depth);
+          for (int64_t c = 0; c < count; ++c) sums[c] = dot(row, codes + c * depth, depth);
+          finish(e, ChannelBlock(e, member, first, count), sums, kChannels, 1, member * e.channels + first);
+        }
+      }));
 }
 
 Tensor packed_gemv(
@@ -71,8 +74,11 @@ Tensor packed_gemv(
       .out = y.data_ptr(),
       .out_dtype = x.scalar_type()};
   if (y.numel() == 0) return y;
-  const Image<float> image = image_of_floats(torch::stable::contiguous(x), s, 1);
-  rows == 1 ? multiply(image, s, weights, e) : convolve_floats(image, s, weights, e);
+  x = torch::stable::contiguous(x);
+  TensorMemory memory(x);
+  std::vector<Stage> stages;
+  (rows == 1 ? multiply : convolve_floats)(pixels_of(x), s, weights, e, memory, stages);
+  run_stages(stages);
   return y;
 }
 

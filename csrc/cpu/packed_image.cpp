@@ -1,15 +1,15 @@
 // The copy of a convolution's input that its kernels read: every element once, plus the padding.
 
 #include "../checked.h"
-#include "huge_pages.h"
 #include "packed_conv2d.h"
 #include "vectorized.h"
-#include "work.h"
 
 #include <type_traits>
 
 namespace qkernels {
 namespace {
+
+constexpr int64_t kBytesOfWork = 16;  // that are copied while an instruction multiplies
 
 QK_ALWAYS_INLINE uint8_t convert(uint8_t code) { return code; }
 QK_ALWAYS_INLINE uint8_t convert(int8_t code) { return static_cast<uint8_t>(code) ^ 0x80; }  // + 128
@@ -88,7 +88,8 @@ void convert_line(const From* source, const Lines& columns, int64_t depth, const
 }
 
 template <class From, class To>
-Image<To> image_of(const Tensor& x, const Sizes& s, int64_t step, To zero, ScalarType stored_dtype) {
+Image<To> image_of(
+    const Pixels& x, const Sizes& s, int64_t step, To zero, Memory& memory, std::vector<Stage>& stages) {
   const int64_t h = s.height, w = s.width, c = s.in_channels;
   Channels channels{s.groups, s.depth(), (s.depth() + step - 1) / step * step, false};
   if (s.depthwise()) channels.stored = s.out_channels / s.groups, channels.repeated = true;
@@ -96,20 +97,19 @@ Image<To> image_of(const Tensor& x, const Sizes& s, int64_t step, To zero, Scala
   const Lines rows(h, s.pad_top, s.pad_bottom, s.kernel_h, s.stride_h, s.dilation_h, s.out_height);
   const Lines columns(w, s.pad_left, s.pad_right, s.kernel_w, s.stride_w, s.dilation_w, s.out_width);
   const int64_t pixel = channels.count(), row = checked_product({columns.count, pixel});
-  const auto image = [&](const To* data, const Tensor& owner) -> Image<To> {
+  const auto image = [&](const To* data) -> Image<To> {
+    const int64_t size = checked_product({rows.count, row});
     return {
-        data, checked_product({rows.count, row}), row, pixel, rows.window_step() * row, columns.window_step() * pixel,
-        rows.tap_step() * row, columns.tap_step() * pixel, channels.stored, raised_by, owner};
+        data, data + checked_product({x.images, size}), size, row, pixel, rows.window_step() * row, columns.window_step() * pixel,
+        rows.tap_step() * row, columns.tap_step() * pixel, channels.stored, raised_by};
   };
-  const From* from = static_cast<const From*>(x.data_ptr());
+  const From* from = static_cast<const From*>(x.data);
   if constexpr (std::is_same_v<From, To>)
-    if (rows.are_the_inputs() && columns.are_the_inputs() && channels.as_they_are()) return image(from, x);
+    if (rows.are_the_inputs() && columns.are_the_inputs() && channels.as_they_are()) return image(from);
 
-  Tensor copy = empty_vector(checked_product({x.size(0), rows.count, row}), stored_dtype, x);
-  prefer_huge_pages(copy);
-  To* to = static_cast<To*>(copy.data_ptr());
-  const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, row));
-  torch::stable::parallel_for(0, x.size(0) * rows.count, grain, [&](int64_t begin, int64_t end) {
+  const int64_t lines = checked_product({x.images, rows.count});
+  To* to = static_cast<To*>(memory.take(checked_product({lines, row, sizeof(To)})));
+  stages.push_back(evenly_cut(lines, lines * row * sizeof(To) / kBytesOfWork, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t source = rows.source(i % rows.count);
       if (source < 0)
@@ -117,20 +117,22 @@ Image<To> image_of(const Tensor& x, const Sizes& s, int64_t step, To zero, Scala
       else
         convert_line(from + (i / rows.count * h + source) * w * c, columns, c, channels, zero, to + i * row);
     }
-  });
-  return image(to, copy);
+  }));
+  return image(to);
 }
 
 }  // namespace
 
-Image<uint8_t> image_of_codes(const Tensor& x, const Sizes& sizes, int64_t step) {
-  return x.scalar_type() == ScalarType::Char ? image_of<int8_t, uint8_t>(x, sizes, step, 128, ScalarType::Byte)
-                                             : image_of<uint8_t, uint8_t>(x, sizes, step, 0, ScalarType::Byte);
+Image<uint8_t> image_of_codes(
+    const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages) {
+  return x.dtype == ScalarType::Char ? image_of<int8_t, uint8_t>(x, sizes, step, 128, memory, stages)
+                                     : image_of<uint8_t, uint8_t>(x, sizes, step, 0, memory, stages);
 }
 
-Image<float> image_of_floats(const Tensor& x, const Sizes& sizes, int64_t step) {
-  return with_type(x.scalar_type(), [&]<class X>(Type<X>) {
-    return image_of<X, float>(x, sizes, step, 0.0f, ScalarType::Float);
+Image<float> image_of_floats(
+    const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages) {
+  return with_type(x.dtype, [&]<class X>(Type<X>) {
+    return image_of<X, float>(x, sizes, step, 0.0f, memory, stages);
   });
 }
 

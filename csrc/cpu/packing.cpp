@@ -4,6 +4,7 @@
 // writes 1; dequantize_packed reads bits / 8 and writes an element.
 
 #include "../arguments.h"
+#include "packed_network.h"
 #include "packed_weights.h"
 #include "vectorized.h"
 #include "work.h"
@@ -71,12 +72,13 @@ Tensor unpack(Tensor packed, int64_t bits, int64_t count, bool is_signed) {
   Tensor codes = empty_strided(sizes, strides, code_dtype(is_signed), packed);
   const uint8_t* in = static_cast<const uint8_t*>(packed.data_ptr());
   uint8_t* out = static_cast<uint8_t*>(codes.data_ptr());
+  const Isa isa = cpu_isa();
   const int64_t row_bytes = packed_bytes(count, bits), rows = row_bytes ? packed.numel() / row_bytes : 0;
   for_each_block(rows, count, [&](int64_t row, int64_t block, int64_t begin, int64_t n) {
     const uint8_t* bytes = in + row * row_bytes + block * kChunkCodes * bits;
-    if (n == kBlockCodes) return unpack_blocks(bytes, bits, is_signed, 1, out + row * count + begin);
+    if (n == kBlockCodes) return unpack_blocks(bytes, bits, is_signed, 1, isa, out + row * count + begin);
     uint8_t last[kBlockCodes];
-    unpack_blocks(bytes, bits, is_signed, 1, last);
+    unpack_blocks(bytes, bits, is_signed, 1, isa, last);
     std::memcpy(out + row * count + begin, last, n);
   });
   return codes;
@@ -91,9 +93,10 @@ template <class Y>
 void dequantize_rows(const uint8_t* packed, const float* scale, int64_t members, int64_t channels, int64_t bits,
                      int64_t count, Y* y) {
   const int64_t depth = count / channels;
+  const Isa isa = cpu_isa();
   for_each_block(members, count, [&](int64_t member, int64_t block, int64_t begin, int64_t n) {
     uint8_t codes[kBlockCodes];
-    unpack_blocks(packed + member * packed_bytes(count, bits) + block * kChunkCodes * bits, bits, true, 1, codes);
+    unpack_blocks(packed + member * packed_bytes(count, bits) + block * kChunkCodes * bits, bits, true, 1, isa, codes);
     for (int64_t i = begin; i < begin + n;) {  // channel by channel
       const int64_t channel = i / depth, end = std::min(begin + n, (channel + 1) * depth);
       dequantize(codes + i - begin, scale[member * channels + channel], end - i, y + member * count + i);
@@ -136,6 +139,30 @@ QK_VECTORIZED void quantize_columns(
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) codes[i] = code_of({scale[i], 0.0f, qmin, qmax}, load(x[i]), of_nan);
 }
+
+}  // namespace
+
+Stage quantization(
+    const Pixels& x, int64_t image_bytes, int64_t images, int64_t images_of_member, const float* scales, float qmin,
+    float qmax, char* codes, int64_t code_bytes) {
+  const float of_nan = clamp(0.0f, qmin, qmax);
+  return with_type(x.dtype, [&]<class X>(Type<X>) {
+    constexpr int64_t piece = 4096;
+    const int64_t pieces = (code_bytes + piece - 1) / piece, given = x.images;
+    const X* from = static_cast<const X*>(x.data);
+    return evenly_cut(images * pieces, images * code_bytes / 4, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t image = i / pieces, first = i % pieces * piece;
+        quantize_row(
+            from + image % given * (image_bytes / static_cast<int64_t>(sizeof(X))) + first,
+            reinterpret_cast<uint8_t*>(codes) + image * code_bytes + first, std::min(piece, code_bytes - first),
+            {valid_scale(scales[image / images_of_member]), 0.0f, qmin, qmax}, of_nan);
+      }
+    });
+  });
+}
+
+namespace {
 
 Tensor quantize(Tensor x, Tensor scale, int64_t qmin, int64_t qmax, std::optional<int64_t> axis) {
   check_quantize(x, scale, qmin, qmax, axis);

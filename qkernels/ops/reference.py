@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .geometry import Geometry
 from .packed_conv2d import ACTIVATIONS
-from .packing import codes_dtype
+from .packed_network import ACTIVATION_NUMBERS, DTYPES, FIELDS, KINDS
+from .packing import codes_dtype, packed_bytes
 
 
 def _per_element(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -276,3 +277,71 @@ def packed_gemv(
     images = x[:, :, None, None]
     y = packed_conv2d(images, packed, scale, bias, None, bits, *Geometry().arguments, shared, activation)
     return y[:, :, 0, 0].contiguous()
+
+
+def packed_network(
+    inputs: list[Tensor], constants: list[Tensor], steps: Tensor, out_sizes: list[int], out_dtype: torch.dtype
+) -> Tensor:
+    """The rows of the table, one after another."""
+    values = list(inputs)
+    for numbers in steps.tolist():
+        row = dict(zip(FIELDS, numbers, strict=True))
+        part = _STEPS[KINDS[row["kind"]]](row, values, constants)
+        if row["part"]:
+            values[-1] = torch.cat([values[-1], part])
+        else:
+            values.append(part)
+    return values[-1].contiguous(memory_format=torch.channels_last)
+
+
+def _dtype(row: dict[str, int]) -> torch.dtype:
+    return next(dtype for dtype, number in DTYPES.items() if number == row["dtype"])
+
+
+def _quantize_row(row: dict[str, int], values: list[Tensor], constants: list[Tensor]) -> Tensor:
+    scale = constants[row["out_scale"]][: row["members"]]
+    x = values[row["x"]]
+    x = x.repeat(row["images"] // x.shape[0], 1, 1, 1).unflatten(0, (row["members"], -1))
+    return quantize(x, scale, row["qmin"], row["qmax"], 0).flatten(0, 1)
+
+
+def _pool_row(row: dict[str, int], values: list[Tensor], constants: list[Tensor]) -> Tensor:
+    window = _window(row)
+    top, left, bottom, right = window.padding
+    x = F.pad(values[row["x"]].float(), (left, right, top, bottom), value=-math.inf)
+    pooled = F.max_pool2d(x, window.kernel, window.stride)
+    return pooled[:, :, : row["height"], : row["width"]].to(_dtype(row))
+
+
+def _convolve_row(row: dict[str, int], values: list[Tensor], constants: list[Tensor]) -> Tensor:
+    members, window = row["members"], _window(row)
+    images, first = members * row["images_of_member"], row["first"]
+    x, residual = values[row["x"]], values[row["residual"]][first : first + images] if row["residual"] >= 0 else None
+    x = x if row["shared"] else x[first : first + images]
+    count = torch.Size(window.weight_shape(row["channels"], x.shape[1])).numel()
+    size = packed_bytes(count, row["bits"])
+    packed = constants[row["packed"]][row["byte"] :][: members * size].view(members, size)
+
+    def own(name: str) -> Tensor | None:
+        return constants[row[name]][row["member"] :][:members] if row[name] >= 0 else None
+
+    scale, bias = own("scale"), own("bias")
+    activation = ACTIVATION_NUMBERS[row["activation"]]
+    rest = (row["bits"], *window.arguments, bool(row["shared"]), activation)
+    assert scale is not None
+    if not x.is_floating_point():
+        scales: Any = (own("residual_scale"), own("out_scale"))
+        codes = (row["qmin"], row["qmax"], _dtype(row))
+        y = packed_conv2d_int8(x, own("x_scale"), packed, scale, bias, residual, *scales, *rest, *codes)
+    else:
+        y = packed_conv2d(x, packed, scale, bias, residual, *rest)
+    return y[:, :, : row["height"], : row["width"]]
+
+
+def _window(row: dict[str, int]) -> Geometry:
+    pairs = [(row[f"{name}_h"], row[f"{name}_w"]) for name in ("kernel", "stride", "dilation")]
+    padding = (row["pad_top"], row["pad_left"], row["pad_bottom"], row["pad_right"])
+    return Geometry(pairs[0], pairs[1], padding, pairs[2], row["groups"])
+
+
+_STEPS = {"quantize": _quantize_row, "convolve": _convolve_row, "max_pool": _pool_row}

@@ -41,6 +41,9 @@ PACKED = {
     "packed_gemv": (
         "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int bits, bool shared, str activation) -> Tensor"
     ),
+    "packed_network": (
+        "(Tensor[] inputs, Tensor[] constants, Tensor steps, int[] out_sizes, ScalarType out_dtype) -> Tensor"
+    ),
 }
 
 SCHEMAS = TRAINING | PACKED

@@ -86,8 +86,11 @@ class PackedConv2d(PackedLayer):
         layer._follow(settings)
         return layer
 
+    def geometry_of(self, height: int, width: int) -> Geometry:
+        return self.geometry.tf_same(height, width) if self.tf_same else self.geometry
+
     def most_elements(self, x: Tensor, residual: Tensor | None = None) -> int:
-        geometry = self.geometry.tf_same(*x.shape[-2:]) if self.tf_same else self.geometry
+        geometry = self.geometry_of(*x.shape[-2:])
         images = math.prod(x.shape[:-3]) * (self.members if self.shared else 1)
         return 2 * images * elements_of_conv(geometry, self.out_channels, *x.shape[-3:])
 
@@ -96,13 +99,11 @@ class PackedConv2d(PackedLayer):
 
         `residual` [M, N, ...] is added before the activation and broadcasts to the result.
         """
-        geometry, lead = self.geometry, self._lead(x.shape[:-3])
+        geometry, lead = self.geometry_of(*x.shape[-2:]), self._lead(x.shape[:-3])
         contiguous = self.like_torch and x.is_contiguous()
         x = x.reshape(-1, *x.shape[-3:])
         residual = None if residual is None else residual.reshape(-1, *residual.shape[-3:])
-        if self.tf_same:
-            geometry = geometry.tf_same(x.shape[2], x.shape[3])
-        elif self.padding_mode != "zeros" and any(geometry.padding):
+        if not self.tf_same and self.padding_mode != "zeros" and any(geometry.padding):
             top, left, bottom, right = geometry.padding
             # F.pad reflects no integers.
             padded = F.pad(x.float() if x.dtype in INTEGERS else x, (left, right, top, bottom), self.padding_mode)

@@ -81,6 +81,7 @@ class PackedLayer(LayerKind):
         alone: whether it stands in a model of PyTorch's, as its only member: it takes and gives [N, ...].
         like_torch: see `stand_alone_`.
         float_dtype: of what an integer layer gives that does not give codes.
+        changes: how often one of these was set, for those who remember what they were.
     """
 
     weight_packed: Tensor
@@ -89,6 +90,7 @@ class PackedLayer(LayerKind):
     input_scale: Tensor | None
     residual_scale: Tensor | None
     output_scale: Tensor | None
+    changes: int
 
     def __init__(
         self, in_channels: int, out_channels: int, geometry: Geometry, bias: bool, bits: Sequence[int]
@@ -113,6 +115,10 @@ class PackedLayer(LayerKind):
         self.register_buffer("bias", torch.zeros(self.members, out_channels) if bias else None)
         for name in ("input_scale", "residual_scale", "output_scale"):
             self.register_buffer(name, None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.__dict__["changes"] = self.__dict__.get("changes", 0) + 1
 
     @property
     def members(self) -> int:
@@ -141,6 +147,10 @@ class PackedLayer(LayerKind):
         if not self.alone:
             raise AttributeError(f"{type(self).__name__} of several members has no weight; see dequantized_weight")
         return self.dequantized_weight()[0].movedim(-1, 1)
+
+    def geometry_of(self, height: int, width: int) -> Geometry:
+        """Of images of that size."""
+        return self.geometry
 
     def _lead(self, lead: Sequence[int]) -> tuple[int, ...]:
         """The leading dimensions of the result, of those of x."""

@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from .by_members import Operands, on_planes
 from .functions import CALLS
 from .kinds import LayerKind, ProgramError
+from .lowering import Seen
+from .segments import Part, Segment, Segments, may_run, parts_of
 from .steps import Ref, Step, mapped
 from .values import Result, resolved
 
@@ -66,6 +68,7 @@ class Program(nn.Module):
         self._input, self._steps, self._output, self._members = input, tuple(steps), output, members
         self._image = None if image is None else tuple(image)
         self.limit: Limit | None = None
+        self._segments = Segments()
         last = {step.name: i for i, step in enumerate(steps)}
         last |= {name: i for i, step in enumerate(steps) for name in step.uses}
         # What is not needed after each step: a result is kept no longer than it is used.
@@ -73,6 +76,7 @@ class Program(nn.Module):
         for name, i in last.items():
             if name != output.name:
                 self._done_after[i].append(name)
+        self._called: list[nn.Module] = []
         for name, layer in layers.items():
             self.put_layer(name, layer)
         self._own = self._find_own()
@@ -147,6 +151,7 @@ class Program(nn.Module):
         for part in owners:
             module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         module._modules[own] = layer
+        self._segments = Segments()
 
     def layers(self) -> dict[str, nn.Module]:
         """Name -> layer, of those that steps call, in the order in which they are called first."""
@@ -155,6 +160,10 @@ class Program(nn.Module):
     def callers(self, layer: str) -> list[Step]:
         """The steps that call a layer."""
         return [step for step in self._steps if step.op == "layer" and step.target == layer]
+
+    def done_after(self, i: int) -> Sequence[str]:
+        """The results that are not needed after step i."""
+        return self._done_after[i]
 
     @property
     def most_results(self) -> int:
@@ -179,20 +188,48 @@ class Program(nn.Module):
         """
         if self._image is not None and tuple(x.shape[1:]) != self._image:
             raise ValueError(f"this ensemble takes images of shape {list(self._image)}, not {list(x.shape[1:])}")
-        values: dict[str, Any] = {self._input: x}
-        operands = Operands(values, self._own, self._members)
+        layers = list(self.layers().values())
+        quick = may_run(x, layers)
+        passed = self.limit is None or (quick and self.limit.watch(x) is None)
+        parts = self._segments.parts(x, layers) if quick and passed else None
+        operands = Operands({self._input: x}, self._own, self._members)
+        if parts is not None:
+            self._run_parts(parts, operands)
+            return self._result(operands)
+        seen = self._run_steps(x, operands)
+        if quick:
+            self._segments.keep(x, parts_of(self, seen))
+        return self._result(operands)
+
+    def _run_steps(self, x: Tensor, operands: Operands) -> dict[str, Seen]:
+        """Run them one by one; returns what the tensors among their results were."""
         limit = None if torch.compiler.is_compiling() else self.limit
         watch = limit.watch(x) if limit is not None else None
+        values, seen = operands.values, {self._input: Seen(x.shape, x.dtype)}
         for step, done in zip(self._steps, self._done_after, strict=True):
             layer = self.layer(step.target) if step.op == "layer" else None
             if watch is not None:
                 watch(step, layer, operands)
-            values[step.name] = checked(step, self._run(step, layer, operands))
+            value = values[step.name] = checked(step, self._run(step, layer, operands))
+            if isinstance(value, Tensor):
+                seen[step.name] = Seen(value.shape, value.dtype)
             for name in done:
                 del values[name]
         if limit is not None:
             limit.let_pass(x)
-        return self._result(operands)
+        return seen
+
+    def _run_parts(self, parts: Sequence[Part], operands: Operands) -> None:
+        """Run what images of this shape have passed before, with its segments."""
+        values = operands.values
+        for call, done in parts:
+            if isinstance(call, Segment):
+                values[call.name] = call.run(values)
+            else:
+                layer = self.layer(call.target) if call.op == "layer" else None
+                values[call.name] = checked(call, self._run(call, layer, operands))
+            for name in done:
+                del values[name]
 
     def _run(self, step: Step, layer: nn.Module | None, operands: Operands) -> Any:
         if layer is None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from .calls import Call
+from .codes_max_pool import CodesMaxPool2d
 from .float_layers import SharedConstant, StackedConstant, StackedConv2d, StackedLinear, StackedNorm
 from .folded import FoldedProgram, Repeat
 from .functions import EDGE, FUNCTIONS, METHODS, ONLY_OLD, SIZE
-from .integer import CodesMaxPool2d
 from .kinds import LayerKind, ProgramError, Settings, object_of, only_keys, shown
 from .layers import PackedConv2d, PackedLinear
 from .packed_layer import PackedLayer

@@ -13,7 +13,7 @@ from qkernels.ops.schemas import SCHEMAS
 CALLS = 10_000  # of each op
 FIRST = 0
 SECONDS = 1200
-ISAS = ("portable", "avx2", "avx512vnni")
+ISAS = ("portable", "emulated_amx", "avx2", "avxvnni", "avx512vnni", "amx")
 
 pytestmark = [pytest.mark.nightly, pytest.mark.untraced, pytest.mark.timeout(SECONDS + 60)]
 
@@ -23,7 +23,7 @@ def test_hostile_calls(isa, figures):
     """Of C++ for the CPU, with the kernels of each instruction set."""
     if library.load("cpp") is not None:
         pytest.skip("the C++ library was not built")
-    if isa not in ("portable", *library.cpu_features()):
+    if isa not in ("portable", "emulated_amx", *library.cpu_features()):
         pytest.skip(f"this CPU lacks {isa}")
     report = hostile_calls.attack(Calls("cpp", count=CALLS, first=FIRST), SECONDS, QKERNELS_CPU_ISA=isa)
     assert not report.failures, report

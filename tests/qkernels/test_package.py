@@ -107,6 +107,6 @@ def test_codec_refuses_what_does_not_fit():
 
 
 def test_cpu_features_are_those_of_this_machine():
-    flags = Path("/proc/cpuinfo").read_text().split()
+    flags = Path("/proc/cpuinfo").read_text().replace("_", "").split()
     for feature in library.cpu_features():
-        assert feature.replace("avx512vnni", "avx512_vnni").replace("avx512bf16", "avx512_bf16") in flags
+        assert feature.replace("amx", "amxint8") in flags

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import qkernels as qk
-from qkernels.packed.integer import BINS, ActivationStatistics, CodesMaxPool2d
+from qkernels.packed.codes_max_pool import CodesMaxPool2d
+from qkernels.packed.integer import BINS, ActivationStatistics
 from qkernels.packed.packed_layer import PackedLayer
 
 
