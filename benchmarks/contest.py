@@ -1,6 +1,7 @@
 """A contest: several ways to do the same work, checked against the reference and then timed side by side."""
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ Work = Callable[[int], Any]  # on input set i; what it returns is compared with 
 MOST_SETS = 32
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 50
 PHASE_ROUNDS = 3
+WARM_CALLS = 2
 TOO_SLOW, LONG = 20, 1.0  # a peer that takes so many times as long as the base, and as many seconds, runs once
 ALLOWED_SHARE = 1e-3  # of elements that may differ: peers that multiply by 1/s put a few into a neighboring code
 
@@ -39,6 +41,8 @@ class Contest:
         size: elements or images, the x axis of the plot of time against size.
         sets: how many sets of inputs there are; a round does the work on each, so that none is found in a cache.
         graphs: on a GPU, whether contenders are captured in CUDA graphs.
+        settle: seconds to wait before each contender's turn, which then runs twice before it is timed: the threads of
+            some libraries spin on after their work, and take cores and caches from whoever comes next.
         absent: peer -> why it does not take part.
         work: contender -> the costs of the ops of qkernels that it runs.
         phases: contender -> the phases of its step, which are timed one by one too.
@@ -55,6 +59,7 @@ class Contest:
     size: int | None = None
     sets: int = 1
     graphs: bool = True
+    settle: float = 0
     contenders: dict[str, Work] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
@@ -126,15 +131,16 @@ class Contest:
 
         def one_round() -> None:
             for name, run in runs.items():
-                seconds[name].append(seconds_of(run, self.device) / self.sets)
+                seconds[name].append(self._turn(run) / self.sets)
 
         one_round()  # warms up what the checks have not
         first = {name: times.pop() * self.sets for name, times in seconds.items()}
-        for name in [n for n, time in first.items() if time > max(LONG, TOO_SLOW * first[base])]:
+        for name in [n for n, once in first.items() if once > max(LONG, TOO_SLOW * first[base])]:
             self.absent[name] = f"too slow to repeat: one run took {first[name] / first[base]:.0f} times {base}'s"
             for of_contender in (runs, seconds, first):
                 del of_contender[name]
-        length = sum(first.values())
+        calls = 1 + WARM_CALLS * bool(self.settle)
+        length = calls * sum(first.values()) + self.settle * len(first)
         self.rounds = min(max(int(self.seconds / length), FEWEST_ROUNDS), MOST_ROUNDS)
         self.drive(one_round, self.rounds)
         result = {
@@ -158,6 +164,13 @@ class Contest:
             self.contenders[name](0)
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
+
+    def _turn(self, run: Run) -> float:
+        if self.settle:
+            time.sleep(self.settle)
+            for _ in range(WARM_CALLS):
+                run()
+        return seconds_of(run, self.device)
 
     def _over_all_sets(self, work: Work) -> Run:
         def run() -> None:

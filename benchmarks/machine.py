@@ -12,20 +12,25 @@ import torch
 
 
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in CPU_INFO.read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
-INSTRUCTIONS = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}  # the best first
+INSTRUCTIONS = {  # the best first, and the flags of a CPU that has them
+    "AMX": {"amx_tile", "amx_int8"},
+    "AVX-512 VNNI": {"avx512_vnni"},
+    "AVX-512": {"avx512f"},
+    "AVX2": {"avx2"},
+}
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def instructions() -> str | None:
     """The best vector instructions of this CPU that the kernels know; None where the system does not tell."""
-    cpu = Path("/proc/cpuinfo")
-    flags = set(cpu.read_text().split()) if cpu.exists() else set()
-    return next((name for flag, name in INSTRUCTIONS.items() if flag in flags), None)
+    flags = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
+    return next((name for name, needed in INSTRUCTIONS.items() if needed <= flags), None)
 
 
 def machine_name(device: str, threads: int) -> str:

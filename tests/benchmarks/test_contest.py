@@ -92,6 +92,35 @@ def test_inputs_change_and_exceed_the_caches(contest, monkeypatch):
     assert seen[-5:] == [0, 1, 2, 3, 4]
 
 
+def test_everybody_settles_before_a_turn(contest, recorded, monkeypatch):
+    events = []
+    monkeypatch.setattr(time, "sleep", events.append)
+    contest.settle = 0.05
+    contest.ours("ours", lambda i: events.append("ours"))
+    contest.peer("peer", lambda: lambda i: events.append("peer"))
+    events.clear()
+    contest.measure("ours")
+    turns = [0.05, *["ours"] * 3, 0.05, *["peer"] * 3]
+    assert events == turns * (1 + recorded["rounds"]) and len(recorded["contenders"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "best"),
+    [
+        ("avx2 avx512f avx512_vnni amx_bf16 amx_tile amx_int8", "AMX"),
+        ("avx2 avx512f avx512_vnni amx_bf16 amx_tile", "AVX-512 VNNI"),
+        ("sse2 avx2", "AVX2"),
+        ("asimd", None),
+    ],
+)
+def test_instructions(flags, best, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    assert machine.instructions() is None
+    machine.CPU_INFO.write_text(f"model name : Any\nflags : {flags}\n")
+    assert machine.instructions() == best
+    assert machine.machine_name("cpu", 2) == ", ".join(filter(None, ("Any", best, "2 threads")))
+
+
 def test_ratios_are_those_of_a_round():
     found = summary({"ours": [1.0, 10.0, 1.0], "peer": [2.0, 20.0, 2.0]}, "ours")
     assert found["peer"]["ratio"] == [2, 2, 2]
