@@ -27,6 +27,7 @@ FOLDER = Path(__file__).parent
 FILES = (  # the most telling first, for runs with a limit
     "bench_training_step.py",
     "bench_packed_ensemble.py",
+    "bench_deployed.py",
     "bench_fake_quantize.py",
     "bench_packed_conv.py",
     "bench_packing.py",

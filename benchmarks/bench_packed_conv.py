@@ -171,9 +171,8 @@ def by_channels_last(weights: Tensor, shape: Shape) -> Tensor:
 
 
 def floats(shape: Shape, images: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> Work:
-    on_cpu = images[0].device.type == "cpu"
-    if on_cpu and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise Absent("oneDNN has no bfloat16 on this CPU, and without it PyTorch takes minutes")
+    if images[0].device.type == "cpu" and dtype == torch.bfloat16:
+        peers.require_bfloat16()
     xs = [x.to(dtype).chunk(MEMBERS) for x in images]
     ws = [by_channels_last(w.to(dtype), shape) for w in weights]
 

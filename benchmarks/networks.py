@@ -1,5 +1,7 @@
 """The networks that are measured, as timm builds them, with random weights."""
 
+from typing import Any
+
 import timm
 import torch
 from torch import nn
@@ -7,15 +9,22 @@ from torch import nn
 CLASSES = 7  # PACS has as many
 
 
-def trained_like(name: str, seed: int = 0) -> nn.Module:
-    """A float model in eval mode whose batch norms have seen images, so that activations keep their size."""
+def trained_like(name: str, seed: int = 0, **options: Any) -> nn.Module:
+    """A float model in eval mode whose batch norms have seen images, so that activations keep their size.
+
+    Args:
+        options: further ones of timm's model.
+    """
     torch.manual_seed(seed)
-    model = timm.create_model(name, num_classes=CLASSES, zero_init_last=False)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the mean of all batches, which is one
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, 64, 64))
+    if name.startswith("resnet"):
+        options["zero_init_last"] = False
+    model = timm.create_model(name, num_classes=CLASSES, **options)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean of all batches, which is one
+    if norms:
+        with torch.no_grad():
+            model.train()(torch.randn(4, 3, 64, 64))
     return model.eval()
 
 

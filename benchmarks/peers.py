@@ -17,7 +17,7 @@ from .machine import version_of
 torch._dynamo.config.recompile_limit = 64  # the compiled peer gets its best: one kernel for each shape
 torch._functorch.config.donated_buffer = False  # a backward that gives its buffers away cannot run twice
 
-PACKAGES = ("torch", "triton", "timm", "torchao", "brevitas")
+PACKAGES = ("torch", "triton", "timm", "torchao", "brevitas", "onnx", "onnxscript", "onnxruntime")
 
 
 def versions() -> dict[str, str]:
@@ -29,6 +29,12 @@ def require(package: str) -> None:
     """Raises: Absent, where `package` is not installed."""
     if version_of(package) is None:
         raise Absent("not installed")
+
+
+def require_bfloat16() -> None:
+    """Raises: Absent, on a CPU whose bfloat16 PyTorch emulates."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Absent("oneDNN has no bfloat16 on this CPU, and without it PyTorch takes minutes")
 
 
 # Fake-quantization: (x, float32 scale [C] or [1], qmin, qmax, axis, gradient factor) -> y --------------------------
@@ -271,6 +277,11 @@ def vmapped(members: Sequence[nn.Module]) -> Forward:
 
 def compiled_members(members: Sequence[nn.Module]) -> Forward:
     return in_turn([torch.compile(member) for member in members])
+
+
+def frozen(model: nn.Module) -> Forward:
+    """One model compiled for inference: its weights are constants, laid out once as its products want them."""
+    return torch.compile(model, options={"freezing": True})
 
 
 def max_autotuned(model: nn.Module) -> Forward:

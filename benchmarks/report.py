@@ -22,8 +22,8 @@ measure more, or one case alone.
 
 {summary}
 
-Peers do the same work in PyTorch: eager, its own op, `torch.compile`, five float members. Everything that was
-measured, with dates, commits and versions:
+Peers do the same work in PyTorch: eager, its own op, `torch.compile`, five float members; whole networks also in ONNX
+Runtime. Everything that was measured, with dates, commits and versions:
 
 {pages}
 
@@ -53,6 +53,7 @@ not known, and their launch parameters are rules of thumb.
 """
 
 MOST_COLUMNS = 3  # of parameters that stand beside each other; more stand below each other
+MOST_CONTENDERS = 8  # that a line of the latter can hold; where there are more, each network has a table
 
 Row = dict[str, Any]
 
@@ -111,11 +112,22 @@ def case_part(case: Row, roofline: dict[str, float]) -> Iterator[str]:
     rows = case["rows"]
     yield f"## {title}\n{text}\n"
     yield "\n".join(provenance(rows)) + "\n"
-    table = beside if len(rows) <= MOST_COLUMNS else below
-    yield "\n".join(table(rows, roofline)) + "\n"
+    for part in parts(rows):
+        table = beside if len(part) <= MOST_COLUMNS else below
+        yield "\n".join(table(part, roofline)) + "\n"
     notes = [f"- {fact}" for fact in facts(rows)]
     if notes:
         yield "\n".join(notes) + "\n"
+
+
+def parts(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each table: all in one, or those that differ in the last of their parameters alone."""
+    if len(rows) <= MOST_COLUMNS or len(contenders(rows)) <= MOST_CONTENDERS:
+        return [rows]
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["parameters"].rpartition(", ")[0], []).append(row)
+    return list(found.values())
 
 
 def provenance(rows: list[Row]) -> Iterator[str]:

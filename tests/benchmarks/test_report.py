@@ -96,6 +96,17 @@ def test_both_allocators_stand_beside_each_other(results, tmp_path):
     assert "- layout: any (resnet18, keeping memory allocator)\n" in page
 
 
+def test_networks_with_many_contenders_have_a_table_each(results, tmp_path):
+    names = ["fake_quantize", *(f"peer {number}" for number in range(9))]
+    several = {name: times(2.0, 1.0) for name in names}
+    rows = [row(f"{net}, batch {size}", contenders=several) for size in (1, 8) for net in ("resnet", "vit")]
+    results["cases"]["bench_deployed.py::bench_deployed_networks"] = {"text": "Networks\n\nWords.", "rows": rows}
+    page = page_of(results, tmp_path)
+    for net in ("resnet", "vit"):
+        assert f"| | {net}, batch 1, ms | ratio | of the roofline | {net}, batch 8, ms |" in page
+    assert page.count("\n| peer 8 | 2 | 1.00 (1.00..1.00) |") == 2
+
+
 def test_a_gpu_ends_the_warning(results, tmp_path):
     assert "on a GPU yet" not in page_of(results | {"device": "cuda"}, tmp_path)
 
