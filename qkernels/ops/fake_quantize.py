@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_element, check_grad, check_per_scale, check_range, check_x, normalized
-from .library import call, library, register_fake
+from .library import call, explain, library, register_fake
 from .transforms import as_channels, calls_op, from_channels, per_scale_channels, raise_double_backward, unrecorded
 
 ops = torch.ops.qkernels
@@ -48,24 +48,35 @@ def _fake_quantize_backward_fake(grad, x, scale, offset, qmin, qmax, axis, grad_
 
 
 def _fake_quantize_setup(ctx, inputs, output):
-    x, scale, offset, qmin, qmax, axis, grad_factor, aten_edge, _ = inputs
+    x, scale, offset, *arguments = inputs
     ctx.save_for_backward(x, scale, offset)
-    ctx.arguments = (qmin, qmax, axis, grad_factor, aten_edge)
+    ctx.arguments = arguments
+
+
+def _gradients(ctx, grad):
+    """Of x, scale and offset."""
+    x, scale, offset = ctx.saved_tensors
+    qmin, qmax, axis, grad_factor, aten_edge, _ = ctx.arguments
+    needed = ctx.needs_input_grad
+    scale_needed, offset_needed = needed[1], needed[2]
+    grad_x, grad_scale, grad_offset = unrecorded(
+        ops.fake_quantize_backward.default,
+        grad,
+        x,
+        scale,
+        offset,
+        qmin,
+        qmax,
+        axis,
+        grad_factor,
+        aten_edge,
+        scale_needed or offset_needed,
+    )
+    return grad_x, grad_scale if scale_needed else None, grad_offset if offset_needed else None
 
 
 def _fake_quantize_autograd(ctx, grad):
-    x, scale, offset = ctx.saved_tensors
-    _, scale_needed, offset_needed, *_ = ctx.needs_input_grad
-    param_grads = scale_needed or offset_needed
-    grad_x, grad_scale, grad_offset = unrecorded(
-        ops.fake_quantize_backward.default, grad, x, scale, offset, *ctx.arguments, param_grads
-    )
-    return (
-        grad_x,
-        grad_scale if scale_needed else None,
-        grad_offset if offset_needed else None,
-        *(None,) * 6,
-    )
+    return *_gradients(ctx, grad), *(None,) * 6
 
 
 torch.library.register_autograd(
@@ -75,12 +86,17 @@ torch.library.register_autograd("qkernels::fake_quantize_backward", raise_double
 
 
 class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        _fake_quantize_setup(ctx, inputs, None)
-        return unrecorded(ops.fake_quantize.default, *inputs)
+    """With what has no gradient in one argument: PyTorch looks at each on the way in, and at a gradient of each."""
 
-    backward = staticmethod(_fake_quantize_autograd)
+    @staticmethod
+    def forward(ctx, x, scale, offset, arguments):
+        ctx.save_for_backward(x, scale, offset)
+        ctx.arguments = arguments
+        return unrecorded(ops.fake_quantize.default, x, scale, offset, *arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_gradients(ctx, grad), None
 
 
 @torch.library.register_vmap("qkernels::fake_quantize", lib=library)
@@ -166,5 +182,11 @@ def fake_quantize(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if edge not in ("lsq", "aten"):
         raise ValueError(f'fake_quantize: edge must be "lsq" or "aten", got {edge!r}')
-    arguments = (x, scale, offset, qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype)
-    return call("fake_quantize", ops.fake_quantize.default if calls_op() else _FakeQuantize.apply, *arguments)
+    arguments = (qmin, qmax, axis, float(grad_factor), edge == "aten", out_dtype)
+    if calls_op():
+        return call("fake_quantize", ops.fake_quantize.default, x, scale, offset, *arguments)
+    try:
+        return _FakeQuantize.apply(x, scale, offset, arguments)
+    except RuntimeError:
+        explain("fake_quantize", x, scale, offset, *arguments)
+        raise

@@ -89,11 +89,16 @@ def call(op: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except RuntimeError:
-        try:
-            run_check(op, *arguments)
-        except (TypeError, ValueError) as error:
-            raise error from None
+        explain(op, *arguments)
         raise
+
+
+def explain(op: str, *arguments: Any) -> None:
+    """Raise, in the words of the op's check, what is wrong with arguments that a backend has refused."""
+    try:
+        run_check(op, *arguments)
+    except (TypeError, ValueError) as error:
+        raise error from None
 
 
 def run_check(op: str, *arguments: Any) -> None:

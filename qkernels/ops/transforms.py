@@ -27,7 +27,7 @@ def unrecorded(op: Any, *arguments: Any) -> Any:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+        return op._op(*arguments)
 
 
 def raise_double_backward(ctx: Any, *grads: Any) -> None:
