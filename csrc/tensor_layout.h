@@ -44,6 +44,7 @@ inline Tensor empty_as(const Tensor& like, ScalarType dtype) {
 
 // True if every element of the tensor's memory span is used exactly once.
 inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
   const auto sizes = t.sizes(), strides = t.strides();
   std::vector<int64_t> order;
   for (int64_t d = 0; d < t.dim(); ++d)

@@ -5,6 +5,7 @@
 #include "../tensor_layout.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -44,6 +45,7 @@ struct Block {
 // Blocks of about kBlockElements elements over all jobs, in order.
 inline std::vector<Block> cut(const std::vector<Walk>& walks) {
   std::vector<Block> blocks;
+  blocks.reserve(walks.size());
   for (size_t job = 0; job < walks.size(); ++job) {
     const int64_t units = walks[job].units();
     const int64_t step = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, walks[job].unit_elements()));
@@ -54,13 +56,21 @@ inline std::vector<Block> cut(const std::vector<Walk>& walks) {
   return blocks;
 }
 
-// Calls work(index of block) for every block, on torch's threads if there is enough to do.
+// Calls work(index of block) for every block, on torch's threads if there is enough to do. Each takes the next few
+// blocks whenever it is done with some, so one whose core is busy with something else is not waited for.
 template <class Work>
 void run_blocks(const std::vector<Block>& blocks, const Work& work) {
   const int64_t n = static_cast<int64_t>(blocks.size());
-  const int64_t grain = std::max<int64_t>(1, kSerialElements / kBlockElements);
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i);
+  constexpr int64_t grain = kSerialElements / kBlockElements;
+  if (n <= grain) {
+    for (int64_t i = 0; i < n; ++i) work(i);
+    return;
+  }
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (n + grain - 1) / grain);
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {  // however few of them really run
+    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < n;)
+      for (int64_t i = begin; i < std::min(begin + grain, n); ++i) work(i);
   });
 }
 
