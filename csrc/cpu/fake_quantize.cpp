@@ -19,6 +19,7 @@ namespace qkernels {
 namespace {
 
 constexpr int64_t kStreamedBytes = 16 << 20;
+constexpr int64_t kLargeLayer = 2 * kHugePage;  // of a list of tensors: large enough to hold a huge page for sure
 
 template <class X, class Y>
 QK_VECTORIZED void quantize_row(const X* x, Y* y, int64_t n, Quantizer q, bool streaming) {
@@ -266,6 +267,7 @@ std::vector<Tensor> fake_quantize_multi(
     xs[i] = dense(xs[i]);
     scales[i] = dense(scales[i]);
     ys.push_back(empty_as(xs[i], y_dtype));
+    prefer_huge_pages(ys[i], kLargeLayer);
     jobs.push_back(make_job(xs[i], ys[i], scales[i], std::nullopt, qmins[i], qmaxs[i], axis));
   }
   run_forward(jobs, xs[0].scalar_type(), y_dtype);
@@ -286,6 +288,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quantize_multi_backwar
     scales[i] = dense(scales[i]);
     grads[i] = laid_out_as(grads[i], xs[i]);
     grad_xs.push_back(empty_as(xs[i], xs[i].scalar_type()));
+    prefer_huge_pages(grad_xs[i], kLargeLayer);
     jobs.push_back(make_job(xs[i], grad_xs[i], scales[i], std::nullopt, qmins[i], qmaxs[i], axis));
     jobs[i].grad = grads[i].data_ptr();
   }
