@@ -135,40 +135,94 @@ QK_VECTORIZED void store_rows(const float* values, int64_t n, int64_t rows, int6
 }
 
 #if defined(__x86_64__)
-// The common epilogue, sums to codes, without a trip through memory: 16 channels of every row at a time. An activation
-// that clamps y clamps y / scale as well, at its bounds over scale.
+// The common epilogues without a trip through memory, a row of up to 64 channels at a time. An activation that clamps y
+// clamps y / scale as well, at its bounds over scale.
+struct Avx512Channels {
+  __m512 multiplier[4], bias[4];
+  __mmask16 used[4];
+};
+
+QK_AVX512 inline Avx512Channels avx512_channels(const ChannelBlock& block) {
+  Avx512Channels c;
+  for (int v = 0; v < 4; ++v) {
+    const int64_t left = block.count - 16 * v;
+    c.used[v] = static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1);
+    c.multiplier[v] = _mm512_maskz_load_ps(c.used[v], block.multiplier + 16 * v);
+    c.bias[v] = _mm512_maskz_load_ps(c.used[v], block.bias + 16 * v);
+  }
+  return c;
+}
+
+// 16 channels' y, before the activation.
 template <class Residual>
+QK_AVX512 inline __m512 avx512_values(
+    const Avx512Channels& c, int v, const int32_t* sums, const Residual* residual, __m512 residual_scale) {
+  __m512 y = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * v));
+  y = _mm512_add_ps(_mm512_mul_ps(y, c.multiplier[v]), c.bias[v]);
+  if constexpr (std::is_same_v<Residual, float>) {
+    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(c.used[v], residual + 16 * v));
+  } else if constexpr (is_code<Residual>) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(c.used[v], residual + 16 * v);
+    const __m512i codes = std::is_same_v<Residual, int8_t> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+    y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(codes), residual_scale));
+  }
+  return y;
+}
+
+// V registers of sums to codes. What is added to round leaves the code in the lowest byte.
+template <int V, class Residual>
 QK_AVX512 void codes_of_sums_avx512(
     const ChannelBlock& block, const Requantizer& q, Bounds bounds, const int32_t* sums, int64_t stride,
     const Residual* residual, int64_t channels, int64_t rows, uint8_t* out) {
-  const __m512 scale = _mm512_set1_ps(q.scale), inverse = _mm512_set1_ps(q.inverse);
+  const Avx512Channels c = avx512_channels(block);
+  const __m512 scale = _mm512_set1_ps(q.scale), inverse = _mm512_set1_ps(q.inverse), sure = _mm512_set1_ps(kSure);
   const __m512 low = _mm512_set1_ps(clamp(divide(bounds.low, q.scale), q.qmin, q.qmax));
   const __m512 high = _mm512_set1_ps(clamp(divide(bounds.high, q.scale), q.qmin, q.qmax));
-  const __m512 residual_scale = _mm512_set1_ps(block.residual_scale);
-  for (int64_t c = 0; c < block.count; c += 16) {
-    const __mmask16 used = static_cast<__mmask16>(block.count - c >= 16 ? 0xffff : (1 << (block.count - c)) - 1);
-    const __m512 multiplier = _mm512_load_ps(block.multiplier + c), bias = _mm512_load_ps(block.bias + c);
-    for (int64_t row = 0; row < rows; ++row) {
-      __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(sums + row * stride + c));
-      v = _mm512_add_ps(_mm512_mul_ps(v, multiplier), bias);
-      if constexpr (is_code<Residual>) {
-        const __m128i bytes = _mm_maskz_loadu_epi8(used, residual + row * channels + c);
-        const __m512i codes =
-            std::is_same_v<Residual, int8_t> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
-        v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(codes), residual_scale));
-      }
+  const __m512 residual_scale = _mm512_set1_ps(block.residual_scale), rounder = _mm512_set1_ps(0x1.8p23f);
+  const __m512i byte = _mm512_set1_epi32(255), in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __mmask64 stored = block.count >= 64 ? ~__mmask64{0} : (__mmask64{1} << block.count) - 1;
+  for (int64_t row = 0; row < rows; ++row, sums += stride, residual += channels, out += channels) {
+    __m512i codes[4] = {};
+    unsigned unsure = 0;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m512 y = avx512_values(c, v, sums, residual, residual_scale);
       // Of these, the second operand comes out if one is NaN.
-      __m512 grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_mul_ps(v, inverse)));
-      __m512 code = _mm512_roundscale_ps(grid, _MM_FROUND_TO_NEAREST_INT);
-      const __m512 distance = _mm512_abs_ps(_mm512_sub_ps(grid, code));
-      if (_mm512_mask_cmp_ps_mask(used, distance, _mm512_set1_ps(kSure), _CMP_NLT_UQ)) {
-        grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_div_ps(v, scale)));
-        code = _mm512_roundscale_ps(grid, _MM_FROUND_TO_NEAREST_INT);
-        code = _mm512_mask_mov_ps(code, _mm512_cmp_ps_mask(code, code, _CMP_UNORD_Q), _mm512_set1_ps(q.of_nan));
-      }
-      _mm512_mask_cvtepi32_storeu_epi8(out + row * channels + c, used, _mm512_cvtps_epi32(code));
+      const __m512 grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_mul_ps(y, inverse)));
+      const __m512 rounded = _mm512_add_ps(grid, rounder);
+      const __m512 distance = _mm512_abs_ps(_mm512_sub_ps(grid, _mm512_sub_ps(rounded, rounder)));
+      unsure |= _mm512_mask_cmp_ps_mask(c.used[v], distance, sure, _CMP_NLT_UQ);
+      codes[v] = _mm512_and_si512(_mm512_castps_si512(rounded), byte);
     }
+    if (__builtin_expect(unsure != 0, 0))
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const __m512 y = avx512_values(c, v, sums, residual, residual_scale);
+        const __m512 grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_div_ps(y, scale)));
+        __m512 code = _mm512_roundscale_ps(grid, _MM_FROUND_TO_NEAREST_INT);
+        code = _mm512_mask_mov_ps(code, _mm512_cmp_ps_mask(code, code, _CMP_UNORD_Q), _mm512_set1_ps(q.of_nan));
+        codes[v] = _mm512_and_si512(_mm512_cvtps_epi32(code), byte);
+      }
+    const __m512i words01 = _mm512_packus_epi32(codes[0], codes[1]), words23 = _mm512_packus_epi32(codes[2], codes[3]);
+    const __m512i quarters = _mm512_packus_epi16(words01, words23);  // four channels of each register
+    _mm512_mask_storeu_epi8(out, stored, _mm512_permutexvar_epi32(in_order, quarters));
   }
+}
+
+// V registers of sums to float32.
+template <int V, class Residual>
+QK_AVX512 void floats_of_sums_avx512(
+    const ChannelBlock& block, Bounds bounds, const int32_t* sums, int64_t stride, const Residual* residual,
+    int64_t channels, int64_t rows, float* out) {
+  const Avx512Channels c = avx512_channels(block);
+  const __m512 low = _mm512_set1_ps(bounds.low), high = _mm512_set1_ps(bounds.high);
+  const __m512 residual_scale = _mm512_set1_ps(block.residual_scale);
+  for (int64_t row = 0; row < rows; ++row, sums += stride, residual += channels, out += channels)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m512 y = avx512_values(c, v, sums, residual, residual_scale);
+      _mm512_mask_storeu_ps(out + 16 * v, c.used[v], _mm512_min_ps(high, _mm512_max_ps(low, y)));
+    }
 }
 
 // The first n bytes at p, or 8 of more. A copy of a known size is one instruction.
@@ -275,22 +329,69 @@ void finish_rows(
   }
 }
 
-bool finish_codes(
-    const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t at) {
 #if defined(__x86_64__)
-  const bool codes = e.out_scale != nullptr && (e.residual == nullptr || e.residual_scale != nullptr);
-  if (!codes || e.activation == Activation::silu || !(has_avx512(e.isa) || has_avx2(e.isa))) return false;
-  const Requantizer q(block.out_scale, e.qmin, e.qmax);
-  uint8_t* out = static_cast<uint8_t*>(e.out) + at;
-  with_residual(e, at, [&](const auto* residual) {
-    using Residual = std::remove_cv_t<std::remove_pointer_t<decltype(residual)>>;
-    const auto run = has_avx512(e.isa) ? &codes_of_sums_avx512<Residual> : &codes_of_sums_avx2<Residual>;
-    run(block, q, bounds_of(e.activation), sums, stride, residual, e.channels, rows, out);
-  });
-  return true;
-#else
+template <class Residual>
+bool finish_avx512(
+    const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, const Residual* residual,
+    int64_t rows, int64_t at) {
+  constexpr bool known =
+      is_code<Residual> || std::is_same_v<Residual, float> || std::is_same_v<Residual, NoResidual>;
+  const auto with_vectors = [&](const auto& run) {
+    switch ((block.count + 15) / 16) {
+      case 1: return run.template operator()<1>();
+      case 2: return run.template operator()<2>();
+      case 3: return run.template operator()<3>();
+      default: return run.template operator()<4>();
+    }
+  };
+  const Bounds bounds = bounds_of(e.activation);
+  if constexpr (known) {
+    if (e.out_scale != nullptr) {
+      const Requantizer q(block.out_scale, e.qmin, e.qmax);
+      uint8_t* out = static_cast<uint8_t*>(e.out) + at;
+      with_vectors([&]<int V>() {
+        codes_of_sums_avx512<V>(block, q, bounds, sums, stride, residual, e.channels, rows, out);
+      });
+      return true;
+    }
+    if (e.out_dtype == ScalarType::Float) {
+      float* out = static_cast<float*>(e.out) + at;
+      with_vectors([&]<int V>() {
+        floats_of_sums_avx512<V>(block, bounds, sums, stride, residual, e.channels, rows, out);
+      });
+      return true;
+    }
+  }
   return false;
+}
+
+template <class Residual>
+bool finish_avx2(
+    const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, const Residual* residual,
+    int64_t rows, int64_t at) {
+  if constexpr (is_code<Residual> || std::is_same_v<Residual, NoResidual>) {
+    if (e.out_scale == nullptr) return false;
+    const Requantizer q(block.out_scale, e.qmin, e.qmax);
+    uint8_t* out = static_cast<uint8_t*>(e.out) + at;
+    codes_of_sums_avx2(block, q, bounds_of(e.activation), sums, stride, residual, e.channels, rows, out);
+    return true;
+  }
+  return false;
+}
 #endif
+
+// Whether there are instructions for what is to be done, and it is done.
+bool finish_quickly(
+    const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t at) {
+  bool done = false;
+#if defined(__x86_64__)
+  if (e.activation == Activation::silu || !(has_avx512(e.isa) || has_avx2(e.isa))) return false;
+  with_residual(e, at, [&](const auto* residual) {
+    done = has_avx512(e.isa) ? finish_avx512(e, block, sums, stride, residual, rows, at)
+                             : finish_avx2(e, block, sums, stride, residual, rows, at);
+  });
+#endif
+  return done;
 }
 
 }  // namespace
@@ -315,7 +416,7 @@ void prefetch_results(const Epilogue& e, const ChannelBlock& block, int64_t rows
 
 void finish(
     const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t out) {
-  if (!finish_codes(e, block, sums, stride, rows, out)) finish_rows(e, block, sums, stride, rows, out);
+  if (!finish_quickly(e, block, sums, stride, rows, out)) finish_rows(e, block, sums, stride, rows, out);
 }
 
 void finish(

@@ -41,6 +41,15 @@ void convert_pixel(const From* from, const Channels& channels, To zero, To* to) 
                                                          : zero;
 }
 
+// Pixels of three channels, filled up to four: those of pictures.
+template <class From, class To>
+QK_VECTORIZED void convert_colors(const From* from, int64_t n, To zero, To* to) {
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t c = 0; c < 3; ++c) to[4 * j + c] = convert(from[3 * j + c]);
+    to[4 * j + 3] = zero;
+  }
+}
+
 // The rows, or the columns, of an image: those of the input and its padding in their order or, where most of them would
 // be padding that no window reads (a stride or a dilation of millions has such), the taps of each window by themselves.
 struct Lines {
@@ -72,6 +81,7 @@ void convert_line(const From* source, const Lines& columns, int64_t depth, const
   const int64_t pixel = channels.count();
   const auto convert_columns = [&](const From* from, int64_t n, To* inside) {
     if (channels.as_they_are()) return convert_row(from, n * depth, inside);
+    if (depth == 3 && channels.stored == 4) return convert_colors(from, n, zero, inside);
     for (int64_t j = 0; j < n; ++j) convert_pixel(from + j * depth, channels, zero, inside + j * pixel);
   };
   if (columns.windows) {

@@ -215,7 +215,8 @@ struct AmxGemm {
         a.vectors = panel.vectors;
         a.start = panel.start;
         two ? AmxKernel<Tiles>::template run<true>(a) : AmxKernel<Tiles>::template run<false>(a);
-        for (int64_t i = 0; i <= two; ++i) finish_tile(job, all, tile + i, panel, sums + i * kTileRows * kBlockChannels);
+        for (int64_t i = 0; i <= two; ++i)
+          finish_tile(job, all, tile + i, panel, sums + i * kTileRows * kBlockChannels);
       }
     }
     Tiles::leave();

@@ -46,7 +46,9 @@ def known(step: Step, layer: nn.Module | None, seen: dict[str, Seen]) -> bool:
         return False  # linear layers of few rows are left to `packed_gemv`
     if isinstance(layer, PackedConv2d) and layer.padding_mode != "zeros":
         return False
-    return all(r.shape == result.shape and (r.dtype in INTEGERS) == (layer.residual_scale is not None) for r in residual)
+    return all(
+        r.shape == result.shape and (r.dtype in INTEGERS) == (layer.residual_scale is not None) for r in residual
+    )
 
 
 def image_dims(layer: nn.Module) -> int:
@@ -110,9 +112,7 @@ class Lowered:
         )
         self._numbers[name] = self._values - 1
 
-    def _convolve(
-        self, layer: PackedLayer, name: str, x: str, residual: list[str], given: Shape, shape: Shape
-    ) -> None:
+    def _convolve(self, layer: PackedLayer, name: str, x: str, residual: list[str], given: Shape, shape: Shape) -> None:
         geometry = layer.geometry_of(*given[2:])
         number, shared = self._numbers[x], layer.shared
         if layer.input_scale is not None and self._seen[x].dtype not in INTEGERS:

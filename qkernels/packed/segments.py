@@ -41,9 +41,7 @@ class Segment:
 
     def run(self, values: dict[str, Any]) -> Tensor:
         """The value that it gives, of those by name."""
-        inputs = [
-            values[name].reshape(image_shape(values[name].shape, dims)) for name, dims in self.inputs
-        ]
+        inputs = [values[name].reshape(image_shape(values[name].shape, dims)) for name, dims in self.inputs]
         constants: Any = [constant.tensors[constant.name] for constant in self.constants]
         return packed_network(inputs, constants, self.steps, self.out_sizes, self.dtype).reshape(self.shape)
 

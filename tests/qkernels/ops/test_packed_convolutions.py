@@ -415,7 +415,9 @@ def test_an_instruction_set_that_cannot_be_had_is_an_error(monkeypatch):
         pytest.skip("instruction sets are the C++ backend's")
     layer = make_layer(np.random.default_rng(0), 7, 1, 1, (4, 1, 1), 4, Geometry(), True)
     x = torch.zeros(1, 4, 1, 1)
-    lacking = [(isa, "cannot be had") for isa in ISAS if isa not in ("portable", "emulated_amx", *library.cpu_features())]
+    lacking = [
+        (isa, "cannot be had") for isa in ISAS if isa not in ("portable", "emulated_amx", *library.cpu_features())
+    ]
     for isa, why in (("sse2", "choose one of portable, avx2, avxvnni, avx512vnni, amx"), *lacking):
         monkeypatch.setenv("QKERNELS_CPU_ISA", isa)
         with pytest.raises(RuntimeError, match=f"QKERNELS_CPU_ISA.*{isa}.*{why}"):
