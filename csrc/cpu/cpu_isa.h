@@ -14,7 +14,6 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #define QK_AVX2 __attribute__((target("avx2,fma")))
-#define QK_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
 #define QK_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define QK_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #endif

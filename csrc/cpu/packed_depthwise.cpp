@@ -200,21 +200,21 @@ class TapWalk {
   TapWalk(const Image<X>& image, const Sizes& s, int64_t member, int64_t pixel, const X* zeros)
       : image_(image), s_(s), zeros_(zeros), column_(pixel % s.out_width),
         row_(pixel / s.out_width % s.out_height),
-        n_(pixel / s.out_width / s.out_height + (s.shared ? 0 : member * s.images)) {}
+        n_(pixel / s.out_width / s.out_height + (s.shared ? 0 : member * s.images)),
+        reach_h_((s.kernel_h - 1) * s.dilation_h), reach_w_((s.kernel_w - 1) * s.dilation_w) {
+    for (int64_t i = 0; i < s.kernel_h; ++i)
+      for (int64_t j = 0; j < s.kernel_w; ++j)
+        offsets_.push_back(i * s.dilation_h * image.row + j * s.dilation_w * image.pixel);
+  }
 
   // Writes the next pixel's pointers to every kPixels-th element of `inputs`.
   void next(const X** inputs) {
     const int64_t top = row_ * s_.stride_h - s_.pad_top, left = column_ * s_.stride_w - s_.pad_left;
-    const X* image = image_.data + n_ * image_.image;
-    for (int64_t i = 0; i < s_.kernel_h; ++i) {
-      const int64_t y = top + i * s_.dilation_h;
-      const bool row_inside = y >= 0 && y < s_.height;
-      const X* row = row_inside ? image + y * image_.row : zeros_;
-      for (int64_t j = 0; j < s_.kernel_w; ++j, inputs += kPixels) {
-        const int64_t x = left + j * s_.dilation_w;
-        *inputs = row_inside && x >= 0 && x < s_.width ? row + x * image_.pixel : zeros_;
-      }
-    }
+    const X* window = image_.data + n_ * image_.image + top * image_.row + left * image_.pixel;
+    if (top >= 0 && left >= 0 && top + reach_h_ < s_.height && left + reach_w_ < s_.width)
+      for (size_t t = 0; t < offsets_.size(); ++t) inputs[t * kPixels] = window + offsets_[t];
+    else
+      at_the_edge(top, left, window, inputs);
     if (++column_ < s_.out_width) return;
     column_ = 0;
     if (++row_ < s_.out_height) return;
@@ -223,10 +223,24 @@ class TapWalk {
   }
 
  private:
+  // Of a window at (top, left), whose taps outside the image read zeros.
+  void at_the_edge(int64_t top, int64_t left, const X* window, const X** inputs) const {
+    size_t t = 0;
+    for (int64_t i = 0; i < s_.kernel_h; ++i) {
+      const int64_t y = top + i * s_.dilation_h;
+      for (int64_t j = 0; j < s_.kernel_w; ++j, ++t) {
+        const int64_t x = left + j * s_.dilation_w;
+        const bool inside = y >= 0 && y < s_.height && x >= 0 && x < s_.width;
+        inputs[t * kPixels] = inside ? window + offsets_[t] : zeros_;
+      }
+    }
+  }
+
   const Image<X>& image_;
   const Sizes& s_;
   const X* zeros_;
-  int64_t column_, row_, n_;
+  int64_t column_, row_, n_, reach_h_, reach_w_;
+  std::vector<int64_t> offsets_;  // of the taps in a window
 };
 
 template <class K>

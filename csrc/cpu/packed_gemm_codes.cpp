@@ -5,7 +5,10 @@
 // of 4 elements of depth loads 256 bytes of the panel and 4 of each pixel for 24 instructions.
 //
 // AVX2 multiplies 32 pairs and adds two neighbors each in 16 bits, which is exact for weights of up to 7 bits; another
-// instruction adds two neighbors of those in 32 bits. Weights of fewer bits leave room in the 16 for several steps.
+// instruction adds two neighbors of those in 32 bits. Weights of fewer bits leave room in the 16 for several steps. With
+// AVX-VNNI one instruction does both.
+//
+// AMX: see packed_tile_amx.h.
 
 #include "packed_fill_avx2.h"
 #include "packed_fill_avx512.h"
@@ -110,15 +113,18 @@ struct WideProducts : Avx2Codes {
   }
 };
 
+// Four products added in 32 bits, of weights of any bits: VNNI of CPUs without AVX-512. In assembly, so that the tiles
+// for AVX2 take it in.
 struct AvxVnniProducts : Avx2Codes {
   using Inputs = __m256i;
   using Weights = __m256i;
   static constexpr int kSteps = 1;
 
-  QK_AVX_VNNI static Inputs load_inputs(const uint8_t* x) { return broadcast(x); }
-  QK_AVX_VNNI static Weights load_weights(const int8_t* p) { return load(p); }
-  QK_AVX_VNNI static Sums multiply_add(Inputs x, Weights weights, Sums sums) {
-    return _mm256_dpbusd_avx_epi32(sums, x, weights);
+  QK_AVX2 static Inputs load_inputs(const uint8_t* x) { return broadcast(x); }
+  QK_AVX2 static Weights load_weights(const int8_t* p) { return load(p); }
+  QK_AVX2 static Sums multiply_add(Inputs x, Weights weights, Sums sums) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(weights));
+    return sums;
   }
 };
 
