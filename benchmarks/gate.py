@@ -1,4 +1,4 @@
-"""Ratios that must hold on a CPU with AVX-512 VNNI or AVX2: `python -m benchmarks --gate`.
+"""Ratios that must hold on a CPU with AMX, AVX-512 VNNI or AVX2: `python -m benchmarks --gate`.
 
 What is compared runs in one process, in turn, and the ratio is taken within a round; the median of many rounds counts.
 So a slow machine slows both sides, and a disturbance spoils a round, not the median. Each bound is less than half of
@@ -7,6 +7,7 @@ is passed by a kernel that still does what it is there for, and failed by one th
 back to the reference, which cost a factor, not percents.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ from qkernels.ops.packing import pack, unpack
 from qkernels.quantize.quantizers import code_range
 
 from . import machine, peers
+from .networks import trained_like
 from .timing import quartiles, seconds_of
 
 Pair = tuple[Callable[[], object], Callable[[], object]]  # ours, and the peer
@@ -60,6 +62,36 @@ def integer_convolution() -> Pair:
         return packed_conv2d_int8(x, one, packed, scale, None, 7, geometry, out_scale=one, out_dtype=torch.uint8)
 
     return ours, lambda: [F.conv2d(i, w, padding=1) for i, w in zip(images, floats, strict=True)]
+
+
+def depthwise_convolution() -> Pair:
+    """The same of depthwise ones."""
+    members, channels, pixels = 5, 240, 28
+    x = torch.randint(0, 256, (members * 4, channels, pixels, pixels), dtype=torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-64, 64, (members, channels, 5, 5, 1), dtype=torch.int8)
+    packed = torch.stack([pack(member, 7) for member in weight])
+    one, scale = torch.ones(members), torch.rand(members, channels)
+    geometry = Geometry((5, 5), padding=(2, 2, 2, 2), groups=channels)
+    images = x.float().chunk(members)
+    floats = weight.float().permute(0, 1, 4, 2, 3)
+
+    def ours() -> object:
+        return packed_conv2d_int8(x, one, packed, scale, None, 7, geometry, out_scale=one, out_dtype=torch.uint8)
+
+    return ours, lambda: [F.conv2d(i, w, padding=2, groups=channels) for i, w in zip(images, floats, strict=True)]
+
+
+def network() -> Pair:
+    """A packed ResNet-18 on integers, one image of 64 pixels, against the float model: what a forward costs."""
+    model, images = trained_like("resnet18"), torch.randn(1, 3, 64, 64)
+    quantized = copy.deepcopy(model)
+    qk.quantize_(quantized)
+    ensemble = qk.PackedEnsemble.from_models([quantized])
+    ensemble.to_integer_([images])
+    model.to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return lambda: ensemble(images), torch.no_grad()(lambda: model(images))
 
 
 def unpacking() -> Pair:

@@ -76,9 +76,10 @@ class Program(nn.Module):
         for name, i in last.items():
             if name != output.name:
                 self._done_after[i].append(name)
-        self._called: list[nn.Module] = []
+        self._called: tuple[nn.Module, ...] = ()  # the layers that steps call
         for name, layer in layers.items():
             self.put_layer(name, layer)
+        self._called = tuple(self.layers().values())
         self._own = self._find_own()
         self._share()
         self.eval()
@@ -152,6 +153,8 @@ class Program(nn.Module):
             module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         module._modules[own] = layer
         self._segments = Segments()
+        if self._called:
+            self._called = tuple(self.layers().values())
 
     def layers(self) -> dict[str, nn.Module]:
         """Name -> layer, of those that steps call, in the order in which they are called first."""
@@ -188,7 +191,7 @@ class Program(nn.Module):
         """
         if self._image is not None and tuple(x.shape[1:]) != self._image:
             raise ValueError(f"this ensemble takes images of shape {list(self._image)}, not {list(x.shape[1:])}")
-        layers = list(self.layers().values())
+        layers = self._called
         quick = may_run(x, layers)
         passed = self.limit is None or (quick and self.limit.watch(x) is None)
         parts = self._segments.parts(x, layers) if quick and passed else None

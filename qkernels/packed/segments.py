@@ -90,7 +90,7 @@ def may_run(x: Any, layers: Sequence[nn.Module]) -> bool:
         isinstance(x, Tensor)
         and x.is_cpu
         and not torch.compiler.is_compiling()
-        and not torch.overrides._is_torch_function_mode_enabled()
+        and torch._C._len_torch_function_stack() == 0
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and not hooks._global_forward_hooks
