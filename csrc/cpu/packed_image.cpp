@@ -81,7 +81,7 @@ void convert_line(const From* source, const Lines& columns, int64_t depth, const
   const int64_t pixel = channels.count();
   const auto convert_columns = [&](const From* from, int64_t n, To* inside) {
     if (channels.as_they_are()) return convert_row(from, n * depth, inside);
-    if (depth == 3 && channels.stored == 4) return convert_colors(from, n, zero, inside);
+    if (depth == 3 && channels.stored == 4 && !channels.repeated) return convert_colors(from, n, zero, inside);
     for (int64_t j = 0; j < n; ++j) convert_pixel(from + j * depth, channels, zero, inside + j * pixel);
   };
   if (columns.windows) {

@@ -275,6 +275,16 @@ def test_larger_convolutions(tiles, name, shared):
         check_int8(layer, rng, Codes(torch.int8, None, torch.int8, (-128, 127)))
 
 
+@pytest.mark.parametrize("multiplier", range(1, 6))
+def test_depthwise_convolutions_of_colors(multiplier):
+    """Three channels that are repeated, as often as pictures' are filled up, are no pictures."""
+    rng = np.random.default_rng(0)
+    geometry = Geometry((3, 3), padding=(1, 1, 1, 1), groups=3)
+    layer = make_layer(rng, 5, 2, 1, (3, 4, 5), 3 * multiplier, geometry, False)
+    check_float(layer, rng, torch.float32, "channels_last")
+    check_int8(layer, rng, Codes(torch.uint8, None, torch.float32))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_extreme_codes_do_not_saturate(bits):
     """Products of 255 or -128 with the least weight, all of one sign: sums of a few overflow 16 bits, not 32."""
