@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from network_cases import random_network
 from qkernels.ops.packing import packed_bytes
 from qkernels.ops.schemas import SCHEMAS
 
@@ -193,6 +195,13 @@ def packed_gemv(make: Maker) -> list[Any]:
     ]
 
 
+def packed_network(make: Maker) -> list[Any]:
+    """Of what all backends compute alike, or of a single layer."""
+    exact = make(True, True, False)
+    network = random_network(make.random.getrandbits(60), steps=None if exact else 1, exact=exact)
+    return tree_map_only(Tensor, lambda t: t if t.dtype == torch.int64 else t.to(make.device), network.arguments())
+
+
 # What is made of them --------------------------------------------------------------------------------------------
 
 
@@ -226,6 +235,14 @@ def strided(t: Tensor, make: Maker) -> Tensor:
 
 
 def special(t: Tensor, make: Maker) -> Tensor:
+    if t.numel() and t.dtype == torch.int64:
+        t = t.contiguous().clone()
+        for _ in range(make(1, 1, 1, 2, 3)):
+            at, near = make.random.randrange(t.numel()), make.random.randrange(t.numel())
+            value = int(t.view(-1)[at])
+            value = make(value + 1, value - 1, 2 * value, int(t.view(-1)[near]), make.size(8), -1, make(*NUMBERS))
+            t.view(-1)[at] = min(max(value, -(2**63)), 2**63 - 1)
+        return t
     if not t.numel() or not t.dtype.is_floating_point:
         return t
     t = t.clone(memory_format=torch.contiguous_format)
@@ -273,6 +290,8 @@ def of_list(values: list[Any], make: Maker) -> Any:
 def changed_value(value: Any, make: Maker) -> Any:
     if isinstance(value, Tensor):
         is_plain = value.layout == torch.strided and not value.is_meta and value.numel() < 10**6
+        if is_plain and value.dtype == torch.int64 and make.random.random() < 0.8:  # a table
+            return special(value, make)
         return make(*OF_TENSORS)(value, make) if is_plain else value
     if isinstance(value, list):
         return of_list(value, make)
@@ -294,6 +313,7 @@ LEGAL: dict[str, Callable[[Maker], list[Any]]] = {
     for f in (
         *(fake_quantize, fake_quantize_backward, fake_quantize_multi, fake_quantize_multi_backward, mean_abs),
         *(pack, unpack, quantize, dequantize_packed, packed_conv2d, packed_conv2d_int8, packed_gemv),
+        packed_network,
     )
 }
 

@@ -52,21 +52,23 @@ struct Value {
 };
 
 ScalarType dtype_of(const Row& row, Field field) {
-  const auto dtype = static_cast<ScalarType>(row[field]);
-  row.check(is_code(dtype) || is_element(dtype), "has a dtype of neither codes nor floats");
+  const auto dtype = static_cast<ScalarType>(row[field]);  // which has 8 bits
+  row.check(
+      static_cast<int64_t>(dtype) == row[field] && (is_code(dtype) || is_element(dtype)),
+      "has a dtype of neither codes nor floats");
   return dtype;
 }
 
 class Network {
  public:
   Network(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Tensor& steps, Arena& arena)
-      : constants_(constants), arena_(arena), rows_(steps.size(0)) {
+      : constants_(constants), arena_(arena), inputs_(static_cast<int64_t>(inputs.size())), rows_(steps.size(0)) {
     for (const Tensor& x : inputs)
       values_.push_back(
           {static_cast<char*>(x.data_ptr()), x.scalar_type(), x.size(0), x.size(1), x.size(2), x.size(3), rows_});
     const int64_t* numbers = static_cast<const int64_t*>(steps.data_ptr());
     for (int64_t i = 0; i < rows_; ++i) table_.emplace_back(numbers + i * kFields, i);
-    find_last_uses(static_cast<int64_t>(inputs.size()));
+    find_last_uses();
   }
 
   // The stages of all rows; the last one's result is y.
@@ -74,7 +76,7 @@ class Network {
     std::vector<Stage> stages;
     for (int64_t i = 0; i < rows_; ++i) {
       const Row& row = table_[i];
-      if (row[Field::part] == 0) begin_result(row, i, y);
+      if (row[Field::part] == 0) begin_result(row, y);
       Borrowed memory(arena_);
       add_stages(row, memory, stages);
       for (Value& value : values_)
@@ -99,16 +101,16 @@ class Network {
     std::vector<void*> taken_;
   };
 
-  void find_last_uses(int64_t inputs) {
-    last_uses_.assign(inputs + rows_, -1);
+  void find_last_uses() {
+    last_uses_.assign(inputs_ + rows_, -1);
     for (int64_t i = 0; i < rows_; ++i)
       for (Field field : {Field::x, Field::residual, Field::result})
-        if (const int64_t value = table_[i][field]; value >= inputs && value < inputs + rows_) last_uses_[value] = i;
+        if (const int64_t value = table_[i][field]; value >= inputs_ && value < inputs_ + rows_) last_uses_[value] = i;
   }
 
-  void begin_result(const Row& row, int64_t i, const Tensor& y) {
+  void begin_result(const Row& row, const Tensor& y) {
     row.check(
-        row[Field::result] == static_cast<int64_t>(values_.size()) && (values_.empty() || complete_),
+        row[Field::result] == static_cast<int64_t>(values_.size()) && complete_,
         "begins a result that is not the next");
     Value value{
         nullptr, dtype_of(row, Field::dtype), row.at_least(1, Field::images), row.at_least(1, Field::channels),
@@ -124,7 +126,6 @@ class Network {
       value.data = static_cast<char*>(y.data_ptr());
       value.last_use = rows_;
     } else {
-      row.check(value.last_use > i || row[Field::parts] > 1, "has a result that no one takes");
       value.data = static_cast<char*>(arena_.take(bytes));
     }
     values_.push_back(value);
@@ -139,8 +140,14 @@ class Network {
   }
 
   void add_stages(const Row& row, Memory& memory, std::vector<Stage>& stages) {
-    row.check(row[Field::result] == static_cast<int64_t>(values_.size()) - 1, "goes on with another result");
-    const Value &x = value(row, Field::x), &out = values_.back();
+    const int64_t last = static_cast<int64_t>(values_.size()) - 1;
+    const Value& out = values_.back();
+    row.check(
+        last >= inputs_ && row[Field::result] == last && dtype_of(row, Field::dtype) == out.dtype &&
+            row[Field::images] == out.images && row[Field::channels] == out.channels &&
+            row[Field::height] == out.height && row[Field::width] == out.width,
+        "goes on with another result");
+    const Value& x = value(row, Field::x);
     switch (row[Field::kind]) {
       case kQuantize: return quantize(row, x, out, stages);
       case kConvolve: return convolve(row, x, out, memory, stages);
@@ -152,7 +159,7 @@ class Network {
   // That the images from Field::first on are the next of the result.
   void write(const Row& row, const Value& out, int64_t images) {
     row.check(row[Field::first] == written_, "does not go on where the one before it ended");
-    written_ += images;
+    written_ = checked_sum({written_, images});
     row.check(written_ <= out.images, "gives more images than its result has");
     complete_ = written_ == out.images;
   }
@@ -176,7 +183,7 @@ class Network {
     const int64_t members = row.at_least(1, Field::members);
     const float* scales = floats(row, Field::out_scale, 0, members);
     const auto [qmin, qmax] = range(row, out.dtype);
-    row.check(is_element(x.dtype), "quantizes codes");
+    row.check(is_element(x.dtype) && is_code(out.dtype), "quantizes codes, or to floats");
     row.check(
         x.channels == out.channels && x.height == out.height && x.width == out.width &&
             (out.images == x.images || out.images == checked_product({members, x.images})) && out.images % members == 0,
@@ -216,7 +223,7 @@ class Network {
       e.residual_dtype = residual.dtype;
     }
     check_dtypes(row, x, e);
-    const PackedWeights weights = packed(row, s, members);
+    const PackedWeights weights = packed(row, x, s, members);
     const Pixels pixels = x.from(s.shared ? 0 : first, s.shared ? s.images : images);
     const auto add = is_code(x.dtype) ? s.depthwise() ? convolve_depthwise_codes : convolve_codes
         : s.depthwise()               ? convolve_depthwise_floats
@@ -270,12 +277,14 @@ class Network {
     return s;
   }
 
-  PackedWeights packed(const Row& row, const Sizes& s, int64_t members) const {
+  PackedWeights packed(const Row& row, const Value& x, const Sizes& s, int64_t members) const {
     const int64_t bits = row[Field::bits], begin = row.at_least(0, Field::byte);
     check_bits(kOp, bits);
     const int64_t window = checked_product({s.kernel_h, s.kernel_w, s.depth()});
-    row.check(window <= kMostTerms, "has sums that may exceed int32");
-    const int64_t bytes = packed_bytes(checked_product({s.out_channels, window}), bits);
+    row.check(!is_code(x.dtype) || window <= kMostTerms, "has sums that may exceed int32");
+    const int64_t codes = checked_product({s.out_channels, window});
+    row.check(codes <= kMostSize, "takes more weights than there are");
+    const int64_t bytes = packed_bytes(codes, bits);
     const Tensor& t = constant(row, Field::packed);
     row.check(
         t.scalar_type() == ScalarType::Byte && checked_sum({begin, checked_product({members, bytes})}) <= t.numel(),
@@ -309,7 +318,7 @@ class Network {
 
   const std::vector<Tensor>& constants_;
   Arena& arena_;
-  int64_t rows_;
+  int64_t inputs_, rows_;
   std::vector<Row> table_;
   std::vector<Value> values_;
   std::vector<int64_t> last_uses_;
@@ -328,8 +337,9 @@ Tensor packed_network(
     ScalarType out_dtype) {
   STD_TORCH_CHECK(
       steps.scalar_type() == ScalarType::Long && steps.dim() == 2 && steps.size(0) > 0 && steps.size(1) == kFields &&
-          steps.is_cpu() && steps.is_contiguous(),
-      kOp, ": steps must be a contiguous int64 table on the CPU, [steps, ", kFields, "]");
+          steps.is_cpu(),
+      kOp, ": steps must be an int64 table on the CPU, [steps, ", kFields, "]");
+  if (!steps.is_contiguous()) steps = torch::stable::contiguous(steps);
   STD_TORCH_CHECK(!inputs.empty(), kOp, ": there are no inputs");
   for (Tensor& x : inputs) {
     STD_TORCH_CHECK(

@@ -28,7 +28,7 @@ void pool_row(const T* image, const Sizes& s, int64_t row, T* out) {
 template <class T>
 Stage pool(const T* x, const Sizes& s, T* out) {
   const int64_t rows = s.images * s.out_height, row = s.out_width * s.in_channels;
-  const int64_t work = rows * row * s.kernel_h * s.kernel_w / 16;
+  const int64_t work = rows * row * std::min(s.kernel_h, s.height) * std::min(s.kernel_w, s.width) / 16;
   return evenly_cut(rows, work, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       pool_row(x + i / s.out_height * s.height * s.width * s.in_channels, s, i % s.out_height, out + i * row);

@@ -105,6 +105,8 @@ def _check_packed_network(
     for x in inputs:
         if x.dim() != 4:
             raise ValueError(f"{op}: inputs must be [images, channels, height, width], got shape {tuple(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"{op}: inputs must have elements, got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{op}: inputs must be codes or floats, got {x.dtype}")
     if steps.dtype != torch.int64 or steps.dim() != 2 or steps.shape[0] == 0 or steps.shape[1] != len(FIELDS):
@@ -113,6 +115,8 @@ def _check_packed_network(
         )
     if len(out_sizes) != 4 or min(out_sizes) < 1:
         raise ValueError(f"{op}: out_sizes must be four positive numbers, got {list(out_sizes)}")
+    if any(t.device != inputs[0].device for t in (*inputs, *constants)) or steps.device.type != "cpu":
+        raise ValueError(f"{op}: inputs and constants must be on one device, and steps on the CPU")
     if out_dtype not in (torch.int8, torch.uint8, *KERNEL_DTYPES):
         raise TypeError(f"{op}: out_dtype must be of codes or floats, got {out_dtype}")
 
@@ -138,6 +142,7 @@ def packed_network(
 
     Raises:
         RuntimeError: for a table that takes what is not there, or whose sizes do not fit each other; it names the row.
+            By the reference a ValueError.
     """
     arguments = (list(inputs), list(constants), steps, list(out_sizes), dtype)
     return call("packed_network", partial(unrecorded, ops.packed_network.default), *arguments)

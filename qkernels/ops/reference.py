@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Geometry
+from .network_checks import Row, check_begin, check_convolve, check_pool, check_quantize
 from .packed_conv2d import ACTIVATIONS
-from .packed_network import ACTIVATION_NUMBERS, DTYPES, FIELDS, KINDS
-from .packing import codes_dtype, packed_bytes
+from .packed_network import ACTIVATION_NUMBERS, KINDS
+from .packing import codes_dtype
 
 
 def _per_element(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -282,66 +283,81 @@ def packed_gemv(
 def packed_network(
     inputs: list[Tensor], constants: list[Tensor], steps: Tensor, out_sizes: list[int], out_dtype: torch.dtype
 ) -> Tensor:
-    """The rows of the table, one after another."""
-    values = list(inputs)
-    for numbers in steps.tolist():
-        row = dict(zip(FIELDS, numbers, strict=True))
-        part = _STEPS[KINDS[row["kind"]]](row, values, constants)
-        if row["part"]:
-            values[-1] = torch.cat([values[-1], part])
-        else:
+    """The rows of the table, one after another.
+
+    Raises:
+        ValueError: for what the C++ refuses, too.
+    """
+    values, images = list(inputs), -1
+    for index, numbers in enumerate(steps.tolist()):
+        row = Row(index, numbers, values, len(inputs))
+        given = values[-1] if row["part"] else None
+        check_begin(row, images in (-1, values[-1].shape[0]), given, images)
+        images = row["images"] if given is None else images
+        part = _ROWS[KINDS[row["kind"]]](row, constants, 0 if given is None else given.shape[0], images)
+        if given is None:
             values.append(part)
-    return values[-1].contiguous(memory_format=torch.channels_last)
+        else:
+            values[-1] = torch.cat([given, part])
+    y = values[-1]
+    if (images, tuple(y.shape), y.dtype) != (out_sizes[0], tuple(out_sizes), out_dtype):
+        raise ValueError("packed_network: ends with another result than the op is told to give, or lacks images")
+    return y.contiguous(memory_format=torch.channels_last)
 
 
-def _dtype(row: dict[str, int]) -> torch.dtype:
-    return next(dtype for dtype, number in DTYPES.items() if number == row["dtype"])
-
-
-def _quantize_row(row: dict[str, int], values: list[Tensor], constants: list[Tensor]) -> Tensor:
-    scale = constants[row["out_scale"]][: row["members"]]
-    x = values[row["x"]]
+def _quantize_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
+    x = row.value("x")
+    check_quantize(row, x)
+    row.check(written == 0 and row["images"] == images, "does not go on where the one before it ended")
+    row["member"] = 0  # the scales are all that there are
+    scale = row.floats("out_scale", constants)
+    if scale is None:
+        raise ValueError("packed_network: a row takes a constant that is not there")
     x = x.repeat(row["images"] // x.shape[0], 1, 1, 1).unflatten(0, (row["members"], -1))
-    return quantize(x, scale, row["qmin"], row["qmax"], 0).flatten(0, 1)
+    return quantize(x, scale[:, 0], row["qmin"], row["qmax"], 0).flatten(0, 1).view(row.dtype)
 
 
-def _pool_row(row: dict[str, int], values: list[Tensor], constants: list[Tensor]) -> Tensor:
+def _pool_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
+    x = row.value("x")
+    check_pool(row, x)
+    row.check(written == 0 and row["images"] == images, "does not go on where the one before it ended")
     window = _window(row)
     top, left, bottom, right = window.padding
-    x = F.pad(values[row["x"]].float(), (left, right, top, bottom), value=-math.inf)
-    pooled = F.max_pool2d(x, window.kernel, window.stride)
-    return pooled[:, :, : row["height"], : row["width"]].to(_dtype(row))
+    padded = F.pad(x.float(), (left, right, top, bottom), value=-math.inf)
+    pooled = F.max_pool2d(padded, window.kernel, window.stride)
+    return pooled[:, :, : row["height"], : row["width"]].to(row.dtype)
 
 
-def _convolve_row(row: dict[str, int], values: list[Tensor], constants: list[Tensor]) -> Tensor:
-    members, window = row["members"], _window(row)
-    images, first = members * row["images_of_member"], row["first"]
-    x, residual = values[row["x"]], values[row["residual"]][first : first + images] if row["residual"] >= 0 else None
-    x = x if row["shared"] else x[first : first + images]
-    count = torch.Size(window.weight_shape(row["channels"], x.shape[1])).numel()
-    size = packed_bytes(count, row["bits"])
-    packed = constants[row["packed"]][row["byte"] :][: members * size].view(members, size)
-
-    def own(name: str) -> Tensor | None:
-        return constants[row[name]][row["member"] :][:members] if row[name] >= 0 else None
-
-    scale, bias = own("scale"), own("bias")
-    activation = ACTIVATION_NUMBERS[row["activation"]]
-    rest = (row["bits"], *window.arguments, bool(row["shared"]), activation)
-    assert scale is not None
-    if not x.is_floating_point():
-        scales: Any = (own("residual_scale"), own("out_scale"))
-        codes = (row["qmin"], row["qmax"], _dtype(row))
-        y = packed_conv2d_int8(x, own("x_scale"), packed, scale, bias, residual, *scales, *rest, *codes)
-    else:
+def _convolve_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
+    x, window = row.value("x"), _window(row)
+    check_convolve(row, x, written, images)
+    here = slice(written, written + row["members"] * row["images_of_member"])
+    residual = row.value("residual")[here] if row["residual"] >= 0 else None
+    if residual is not None:  # the result may be a part of what there are windows for
+        height, width = window.output_size(*x.shape[2:])
+        residual = F.pad(residual, (0, width - row["width"], 0, height - row["height"]))
+    count = torch.Size(window.weight_shape(row["channels"], x.shape[1])[1:]).numel()
+    packed, scale = row.weights(constants, count), row.floats("scale", constants, row["channels"])
+    if scale is None:
+        raise ValueError("packed_network: a row takes a constant that is not there")
+    bias = row.floats("bias", constants, row["channels"])
+    x = x if row["shared"] else x[here]
+    rest = (row["bits"], *window.arguments, bool(row["shared"]), ACTIVATION_NUMBERS[row["activation"]])
+    if x.is_floating_point():
         y = packed_conv2d(x, packed, scale, bias, residual, *rest)
+    else:
+        scales = [row.floats(name, constants) for name in ("x_scale", "residual_scale", "out_scale")]
+        x_scale, residual_scale, out_scale = [None if t is None else t[:, 0] for t in scales]
+        assert x_scale is not None
+        codes = (row["qmin"], row["qmax"], row.dtype)
+        y = packed_conv2d_int8(x, x_scale, packed, scale, bias, residual, residual_scale, out_scale, *rest, *codes)
     return y[:, :, : row["height"], : row["width"]]
 
 
-def _window(row: dict[str, int]) -> Geometry:
+def _window(row: Row) -> Geometry:
     pairs = [(row[f"{name}_h"], row[f"{name}_w"]) for name in ("kernel", "stride", "dilation")]
     padding = (row["pad_top"], row["pad_left"], row["pad_bottom"], row["pad_right"])
     return Geometry(pairs[0], pairs[1], padding, pairs[2], row["groups"])
 
 
-_STEPS = {"quantize": _quantize_row, "convolve": _convolve_row, "max_pool": _pool_row}
+_ROWS = {"quantize": _quantize_row, "convolve": _convolve_row, "max_pool": _pool_row}
