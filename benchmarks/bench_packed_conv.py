@@ -13,6 +13,7 @@ from qkernels.ops import reference
 from qkernels.ops.geometry import Geometry
 from qkernels.ops.packed_conv2d import packed_conv2d, packed_conv2d_int8
 from qkernels.ops.packed_gemv import packed_gemv
+from qkernels.ops.packed_network import Row, packed_network, table
 from qkernels.ops.packing import dequantize_packed, pack
 
 from . import peers
@@ -163,6 +164,41 @@ def bench_packed_conv2d_call(contest: Contest, device: str) -> None:
         contest.ours("the op below autograd", below_autograd, expected)
         contest.peer("F.conv2d", lambda: lambda i: F.conv2d(x, weight), expected)
         contest.measure(base="packed_conv2d")
+
+
+def bench_packed_network(contest: Contest, device: str) -> None:
+    """Pointwise convolutions one after another, in one call and in one call each
+
+    Eight of 64 channels on images of 7x7, five members, codes all the way: as small as the last layers of networks are.
+    Ratios are over the one call. The op is made for CPUs.
+    """
+    layers, channels, pixels = 8, 64, 7
+    contest.parameters, contest.sets, contest.graphs = f"{layers} layers", 50, False
+    shape, geometry = (MEMBERS, channels, pixels, pixels), Geometry((1, 1))
+    x = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
+    codes = torch.randint(-64, 64, (MEMBERS, channels * channels), dtype=torch.int8, device=device)
+    packed = torch.stack([pack(c, BITS) for c in codes])
+    scale, by_member = torch.full((MEMBERS, channels), 1e-2, device=device), torch.full((MEMBERS,), 0.5, device=device)
+    fields: Any = dict(members=MEMBERS, bits=BITS, packed=0, scale=1, x_scale=2, out_scale=2)
+    rows = [Row("convolve", i, i + 1, torch.uint8, shape, **fields) for i in range(layers)]
+    constants, steps = [packed.flatten(), scale, by_member], table(rows)
+
+    def at_once(i: int) -> Tensor:
+        return packed_network([x], constants, steps, shape, torch.uint8)
+
+    def one_by_one(i: int) -> Tensor:
+        y = x
+        for _ in range(layers):
+            y = packed_conv2d_int8(
+                y, by_member, packed, scale, None, BITS, geometry, out_scale=by_member, out_dtype=torch.uint8
+            )
+        return y
+
+    expected = reference.packed_network([x], constants, steps, list(shape), torch.uint8)
+    with torch.no_grad():
+        contest.ours("one call", at_once, expected, tolerance=0)
+        contest.ours("a call each", one_by_one, expected, tolerance=0)
+        contest.measure(base="one call")
 
 
 def by_channels_last(weights: Tensor, shape: Shape) -> Tensor:

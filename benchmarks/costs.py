@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qkernels.ops.geometry import Geometry
+from qkernels.ops.packed_network import FIELDS, KINDS
 from qkernels.ops.reference import plane_widths
 
 QUANTIZE = 4  # divide, clamp from below and above, round
@@ -49,6 +50,28 @@ def products(x: Tensor, out: Tensor, geometry: Geometry) -> int:
     return 2 * out.numel() * height * width * depth
 
 
+def rows_of(steps: Tensor) -> list[dict[str, int]]:
+    """Of a table of packed_network."""
+    return [dict(zip(FIELDS, numbers, strict=True)) for numbers in steps.tolist()]
+
+
+def operations_of_rows(inputs: list[Tensor], steps: Tensor) -> int:
+    """Of all rows of packed_network; a maximum is one operation."""
+    channels = [x.shape[1] for x in inputs]
+    total = 0
+    for row in rows_of(steps):
+        kind, pixels = KINDS[row["kind"]], row["channels"] * row["height"] * row["width"]
+        taps = row["kernel_h"] * row["kernel_w"]
+        if kind == "convolve":
+            depth = channels[row["x"]] // row["groups"]
+            total += 2 * row["members"] * row["images_of_member"] * pixels * taps * depth
+        else:
+            total += row["images"] * pixels * (QUANTIZE if kind == "quantize" else taps)
+        if row["part"] == 0:
+            channels.append(row["channels"])
+    return total
+
+
 OPERATIONS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {  # from the arguments of the schema, and the result
     "fake_quantize": lambda a, y: FAKE_QUANTIZE * elements(y),
     "fake_quantize_backward": lambda a, y: BACKWARD * elements(a[0]),
@@ -62,6 +85,7 @@ OPERATIONS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {  # from the arg
     "packed_conv2d": lambda a, y: products(a[0], y, Geometry.of(*a[6:11])),
     "packed_conv2d_int8": lambda a, y: products(a[0], y, Geometry.of(*a[9:14])),
     "packed_gemv": lambda a, y: 2 * y.numel() * a[0].shape[1],
+    "packed_network": lambda a, y: operations_of_rows(a[0], a[2]),
 }
 
 
@@ -69,6 +93,10 @@ def rate_of(op: str, arguments: tuple[Any, ...]) -> str:
     """Products run at the rate of the activations' dtype, everything else in float32."""
     if op == "packed_conv2d_int8":
         return "int8"
+    if op == "packed_network":
+        return (
+            "int8" if any(row["x_scale"] >= 0 for row in rows_of(arguments[2])) else dtype_name(arguments[0][0].dtype)
+        )
     if op in ("packed_conv2d", "packed_gemv"):
         return dtype_name(arguments[0].dtype)
     return "float32"

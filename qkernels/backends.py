@@ -34,8 +34,9 @@ STEMS = {  # the file that holds each op in qkernels/ops, qkernels/triton and cs
     "packed_gemv": "packed_gemv",
     "packed_network": "packed_network",
 }
-NOT_IN_CUDA = ("packed_conv2d", "packed_conv2d_int8")  # convolutions run on tensor cores through Triton alone
-FOR_CPUS = ("packed_network",)  # a GPU has CUDA graphs
+FOR_CPUS = ("packed_network",)  # neither in C++/CUDA nor in Triton: a GPU has CUDA graphs
+# Convolutions run on tensor cores through Triton alone.
+NOT_IN_CUDA = ("packed_conv2d", "packed_conv2d_int8", *FOR_CPUS)
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def _serve(op: str, device: str, key: str, backend: str, reason: str) -> None:
 def _choose(candidates: tuple[str, ...], op: str) -> tuple[str, str]:
     """The first backend that is there, and why those before it are not."""
     missing: list[str] = []
-    if op in FOR_CPUS and candidates != ("cpp",):
-        return "reference", f"{op} is made for CPUs"
+    if op in FOR_CPUS and (candidates != ("cpp",) or library.OTHER_ON_CPU):
+        return "reference", f"{op} is written in C++ for CPUs alone"
     for backend in candidates:
         why = f"{op} is not written in C++/CUDA" if backend == "cuda" and op in NOT_IN_CUDA else library.load(backend)
         if why is None:

@@ -10,6 +10,7 @@ from benchmarks.costs import OPERATIONS, cost_of, counted, roofline_seconds
 from qkernels.backends import SCHEMAS
 from qkernels.ops.geometry import Geometry
 from qkernels.ops.packed_conv2d import packed_conv2d
+from qkernels.ops.packed_network import Row, packed_network, table
 from qkernels.ops.packing import packed_bytes
 
 SOURCES = "\n".join(p.read_text() for p in (Path(__file__).parents[2] / "benchmarks").glob("bench_*.py"))
@@ -37,6 +38,25 @@ def test_bytes_and_operations_of_a_convolution():
     assert cost.operations == 2 * y.numel() * 8 * 9
     assert cost.bytes == x.nbytes + packed.nbytes + 4 * 4 + y.nbytes
     assert cost.rate == "float32"
+
+
+def test_rows_of_a_network():
+    """A convolution's products, and what quantizes before it."""
+    x, packed = torch.zeros(2, 8, 6, 6), torch.zeros(packed_bytes(4 * 8 * 9, 7), dtype=torch.uint8)
+    constants = [torch.ones(1), packed, torch.ones(1, 4)]
+    window = (3, 3, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+    rows = [
+        Row("quantize", 0, 1, torch.uint8, (2, 8, 6, 6), out_scale=0),
+        Row(
+            *("convolve", 1, 2, torch.float32, (2, 4, 4, 4)),
+            **dict(images_of_member=2, bits=7, window=window, packed=1, scale=2, x_scale=0),
+        ),
+    ]
+    with counted() as costs:
+        y = packed_network([x], constants, table(rows), (2, 4, 4, 4), torch.float32)
+    (cost,) = costs
+    assert cost.operations == 4 * x.numel() + 2 * y.numel() * 8 * 9
+    assert cost.rate == "int8"
 
 
 def test_backwards_are_counted():

@@ -45,7 +45,7 @@ class Backend(NamedTuple):
     truncates_bfloat16: bool = False  # as Triton's interpreter does where hardware rounds
 
     def has(self, op: str) -> bool:
-        return self.name == "triton" or op not in backends.NOT_IN_CUDA
+        return op not in (backends.FOR_CPUS if self.name == "triton" else backends.NOT_IN_CUDA)
 
 
 def in_cuda(op: str) -> Callable[..., Any]:

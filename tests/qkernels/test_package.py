@@ -20,14 +20,19 @@ def python(code, **environment):
     )
 
 
-PRINT_CPU_BACKEND = "import qkernels as qk; print({r.backend for r in qk.backends.report() if r.device == 'cpu'})"
+PRINT_CPU_BACKENDS = (
+    "import qkernels as qk; rows = [r for r in qk.backends.report() if r.device == 'cpu'];"
+    "alone = qk.backends.FOR_CPUS; print({r.backend for r in rows if r.op not in alone});"
+    "print({r.backend for r in rows if r.op in alone})"
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("forced, served", [("reference", "reference"), ("cpp", "cpp"), ("triton", "triton")])
 def test_a_forced_backend_serves(forced, served):
-    result = python(PRINT_CPU_BACKEND, QKERNELS_BACKEND=forced, TRITON_INTERPRET="1")
-    assert result.stdout.strip() == f"{{'{served}'}}", result.stderr
+    result = python(PRINT_CPU_BACKENDS, QKERNELS_BACKEND=forced, TRITON_INTERPRET="1")
+    alone = "cpp" if served == "cpp" else "reference"
+    assert result.stdout.split() == [f"{{'{served}'}}", f"{{'{alone}'}}"], result.stderr
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 
 import oracle
 import qkernels as qk
+from network_cases import random_network
 from qkernels.backends import SCHEMAS
 from qkernels.ops import schemas
 from qkernels.ops.geometry import Geometry
@@ -68,6 +69,7 @@ def packed_cases(layouts):
         ]
         if kernel == 1:
             cases["packed_gemv"].append((t[:, :, 0, 0], weight, members, bias, 7, shared, "silu"))
+    cases["packed_network"] = [tuple(random_network(number).arguments()) for number in range(6)]
     return cases
 
 
