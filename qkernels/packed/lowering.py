@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from ..ops.geometry import Geometry
 from ..ops.packed_network import Row
@@ -36,12 +37,15 @@ def known(step: Step, layer: nn.Module | None, seen: dict[str, Seen]) -> bool:
         return False
     x, *residual = [seen[arg.name] for arg in step.args]
     result = seen[step.name]
-    if 0 in x.shape or 0 in result.shape:
+    if 0 in x.shape or 0 in result.shape or layer is None or "forward" in vars(layer):
         return False
-    if isinstance(layer, CodesMaxPool2d):
-        return x.dtype in INTEGERS and len(x.shape) == 5
-    if not isinstance(layer, PackedConv2d | PackedLinear) or layer.alone:
+    if type(layer) is CodesMaxPool2d:
+        inside = all(p < k for p, k in zip(_pair(layer.padding), _pair(layer.kernel_size), strict=True))
+        return x.dtype in INTEGERS and len(x.shape) == 5 and inside
+    if type(layer) not in (PackedConv2d, PackedLinear) or layer.alone:
         return False
+    if not layer.shared and len(x.shape) != len(result.shape):
+        return False  # it takes what members share in one step, and their own in another
     if layer.input_scale is None and (isinstance(layer, PackedLinear) or x.dtype in INTEGERS):
         return False  # linear layers of few rows are left to `packed_gemv`
     if isinstance(layer, PackedConv2d) and layer.padding_mode != "zeros":

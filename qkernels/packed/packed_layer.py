@@ -90,7 +90,7 @@ class PackedLayer(LayerKind):
     input_scale: Tensor | None
     residual_scale: Tensor | None
     output_scale: Tensor | None
-    changes: int
+    changes: int = 0
 
     def __init__(
         self, in_channels: int, out_channels: int, geometry: Geometry, bias: bool, bits: Sequence[int]
@@ -118,7 +118,7 @@ class PackedLayer(LayerKind):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        self.__dict__["changes"] = self.__dict__.get("changes", 0) + 1
+        self.__dict__["changes"] = self.changes + 1
 
     @property
     def members(self) -> int:

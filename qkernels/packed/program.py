@@ -17,7 +17,7 @@ from .by_members import Operands, on_planes
 from .functions import CALLS
 from .kinds import LayerKind, ProgramError
 from .lowering import Seen
-from .segments import Part, Segment, Segments, may_run, parts_of
+from .segments import Part, Segment, Segments, may_run, parts_of, state_of
 from .steps import Ref, Step, mapped
 from .values import Result, resolved
 
@@ -194,14 +194,15 @@ class Program(nn.Module):
         layers = self._called
         quick = may_run(x, layers)
         passed = self.limit is None or (quick and self.limit.watch(x) is None)
-        parts = self._segments.parts(x, layers) if quick and passed else None
+        state = state_of(layers) if quick else []
+        parts = self._segments.parts(x, state) if quick and passed else None
         operands = Operands({self._input: x}, self._own, self._members)
         if parts is not None:
             self._run_parts(parts, operands)
             return self._result(operands)
         seen = self._run_steps(x, operands)
         if quick:
-            self._segments.keep(x, parts_of(self, seen))
+            self._segments.keep(x, state, parts_of(self, seen))
         return self._result(operands)
 
     def _run_steps(self, x: Tensor, operands: Operands) -> dict[str, Seen]:

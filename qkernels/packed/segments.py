@@ -14,11 +14,14 @@ from torch.nn.modules import module as hooks
 
 from ..backends import report
 from ..ops.packed_network import packed_network, table
+from .codes_max_pool import CodesMaxPool2d
 from .lowering import Constant, Lowered, Seen, image_dims, image_shape, known
 from .packed_layer import PackedLayer
 from .steps import Step
 
 MOST_SHAPES = 8  # of images, for which segments are kept
+
+State = list[tuple[nn.Module, Any]]
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,11 @@ class Part(NamedTuple):
 class Segments:
     """The parts that a program runs in, by the shape of its images.
 
-    They hold as long as its layers are what they were: `PackedLayer.changes` counts what was set of a layer.
+    They hold as long as its layers are what they were: see `state_of`. Threads may run one program at the same time.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[Any, ...], list[Part]] = {}
-        self._changes = 0
+        self._parts: dict[tuple[Any, ...], tuple[State, list[Part]]] = {}
 
     def __deepcopy__(self, memo: Any) -> "Segments":
         return Segments()
@@ -69,27 +71,43 @@ class Segments:
     def __reduce__(self) -> Any:
         return Segments, ()
 
-    def parts(self, x: Tensor, layers: Sequence[nn.Module]) -> list[Part] | None:
-        """For images x, if such have passed."""
-        changes = sum(layer.changes for layer in layers if isinstance(layer, PackedLayer))
-        if changes != self._changes:
-            self._parts.clear()
-            self._changes = changes
-        return self._parts.get((x.shape, x.dtype))
+    def parts(self, x: Tensor, state: State) -> list[Part] | None:
+        """For images x, if such have passed layers in this state."""
+        kept = self._parts.get((x.shape, x.dtype))
+        return kept[1] if kept is not None and kept[0] == state else None
 
-    def keep(self, x: Tensor, parts: list[Part]) -> None:
+    def keep(self, x: Tensor, state: State, parts: list[Part]) -> None:
         """For the next images like x."""
-        if len(self._parts) == MOST_SHAPES:
-            del self._parts[next(iter(self._parts))]
-        self._parts[x.shape, x.dtype] = parts
+        kept = self._parts.copy()  # others may be looking at it
+        kept.pop((x.shape, x.dtype), None)
+        while len(kept) >= MOST_SHAPES:
+            del kept[next(iter(kept))]
+        kept[x.shape, x.dtype] = state, parts
+        self._parts = kept
+
+
+def state_of(layers: Sequence[nn.Module]) -> State:
+    """What segments are made from that may change: which layers there are, and what was set of them."""
+    return [(layer, _settings(layer)) for layer in layers]
+
+
+def _settings(layer: nn.Module) -> Any:
+    if isinstance(layer, PackedLayer):
+        return layer.changes
+    return (layer.kernel_size, layer.stride, layer.padding) if isinstance(layer, CodesMaxPool2d) else None
 
 
 def may_run(x: Any, layers: Sequence[nn.Module]) -> bool:
-    """Whether nobody looks at the steps: neither a compiler, a mode that sees each op, nor a hook of a layer."""
+    """Whether nobody looks at the steps: neither a compiler, a mode that sees each op, nor a hook of a layer.
+
+    Under autocast the float layers give another dtype than they did.
+    """
     return (
-        isinstance(x, Tensor)
+        type(x) in (Tensor, nn.Parameter)
         and x.is_cpu
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_function_stack() == 0
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
