@@ -35,7 +35,8 @@ void* Arena::take(int64_t bytes) {
   if (best == free_.end()) {
     const int64_t page = static_cast<int64_t>(kPage);
     const int64_t size = std::max(kLeastChunk, checked_sum({bytes, page - 1}) / page * page);
-    char* chunk = static_cast<char*>(::operator new(size, kPage));
+    char* chunk = static_cast<char*>(::operator new(size, kPage, std::nothrow));
+    STD_TORCH_CHECK(chunk != nullptr, "packed_network: there is no memory for ", size, " bytes");
 #if defined(__linux__)
     madvise(chunk, size, MADV_HUGEPAGE);
 #endif
