@@ -268,9 +268,11 @@ class Convolution {
              depth_.count * depth_.panel_steps * G::kStep * sizeof(typename G::Weight), s.members * s.groups,
              wanted_chunks()),
         vectors_(cut_.panel_channels / kLanes), tiles_(gemm.tiles(image, s, vectors_)) {
+    // One slice for each thread, more of many pixels.
     const int64_t blocks = s.members * s.groups * cut_.blocks;
-    slices_ = std::clamp<int64_t>(
-        (wanted_chunks() + blocks - 1) / blocks, 1, std::clamp<int64_t>(s.out_pixels() / kSlicePixels, 1, tiles_));
+    const auto of_blocks = [blocks](int64_t chunks) { return (chunks + blocks - 1) / blocks; };
+    const int64_t most = std::max(of_blocks(wanted_chunks() / kChunksOfAThread), s.out_pixels() / kSlicePixels);
+    slices_ = std::clamp<int64_t>(of_blocks(wanted_chunks()), 1, std::clamp<int64_t>(most, 1, tiles_));
   }
 
   Stage stage(std::shared_ptr<const Convolution> self) const {

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <vector>
 
@@ -20,12 +21,13 @@ namespace {
 const Op kOp{"packed_network"};
 constexpr int64_t kMostSize = int64_t{1} << 40;  // of a number in the table
 
-// One row of the table.
+// One row of the table, copied: what is checked of it stays so, whoever writes to the tensor.
 class Row {
  public:
-  Row(const int64_t* numbers, int64_t index) : numbers_(numbers), index_(index) {
+  Row(const int64_t* numbers, int64_t index) : index_(index) {
+    std::copy_n(numbers, kFields, numbers_.begin());
     for (int64_t i = 0; i < kFields; ++i)
-      check(numbers[i] >= -kMostSize && numbers[i] <= kMostSize, "has a number out of range");
+      check(numbers_[i] >= -kMostSize && numbers_[i] <= kMostSize, "has a number out of range");
   }
   int64_t operator[](Field field) const { return numbers_[static_cast<int64_t>(field)]; }
   int64_t at_least(int64_t least, Field field) const {
@@ -35,7 +37,7 @@ class Row {
   void check(bool right, const char* what) const { STD_TORCH_CHECK(right, kOp, ": row ", index_, " ", what); }
 
  private:
-  const int64_t* numbers_;
+  std::array<int64_t, kFields> numbers_;
   int64_t index_;
 };
 

@@ -83,7 +83,7 @@ thread_local Blocks own;
 
 }  // namespace
 
-int64_t wanted_chunks() { return 4 * static_cast<int64_t>(torch::stable::get_num_threads()); }
+int64_t wanted_chunks() { return kChunksOfAThread * static_cast<int64_t>(torch::stable::get_num_threads()); }
 
 Stage evenly_cut(int64_t items, int64_t work, std::function<void(int64_t begin, int64_t end)> run) {
   const int64_t chunks = std::clamp<int64_t>(std::min(wanted_chunks(), work / kLeastWork), 1, std::max<int64_t>(1, items));

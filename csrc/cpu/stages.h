@@ -20,6 +20,8 @@ struct Stage {
 
 void run_stages(const std::vector<Stage>& stages);
 
+constexpr int64_t kChunksOfAThread = 4;
+
 // Into how many chunks a stage should be cut, so that all threads have work to the end.
 int64_t wanted_chunks();
 
