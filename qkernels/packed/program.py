@@ -76,10 +76,10 @@ class Program(nn.Module):
         for name, i in last.items():
             if name != output.name:
                 self._done_after[i].append(name)
-        self._called: tuple[nn.Module, ...] = ()  # the layers that steps call
+        self._places: list[tuple[dict[str, Any], str]] = []  # of the layers that steps call: their owners' children
         for name, layer in layers.items():
             self.put_layer(name, layer)
-        self._called = tuple(self.layers().values())
+        self._places = [self._place(name) for name in layers if self.callers(name)]
         self._own = self._find_own()
         self._share()
         self.eval()
@@ -140,10 +140,16 @@ class Program(nn.Module):
 
     def layer(self, name: str) -> nn.Module:
         """The layer of that name, "block.0.conv" being `conv` of `0` of `block`."""
-        module: nn.Module = self
-        for part in name.split("."):
-            module = module._modules[part]  # type: ignore[assignment]
-        return module
+        children, own = self._place(name)
+        return children[own]
+
+    def _place(self, name: str) -> tuple[dict[str, Any], str]:
+        """The children among which the layer of that name is, and its name there."""
+        *owners, own = name.split(".")
+        children: dict[str, Any] = self._modules
+        for owner in owners:
+            children = children[owner]._modules
+        return children, own
 
     def put_layer(self, name: str, layer: nn.Module) -> None:
         """Put a layer under a name, in place of what is there."""
@@ -153,8 +159,6 @@ class Program(nn.Module):
             module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         module._modules[own] = layer
         self._segments = Segments()
-        if self._called:
-            self._called = tuple(self.layers().values())
 
     def layers(self) -> dict[str, nn.Module]:
         """Name -> layer, of those that steps call, in the order in which they are called first."""
@@ -191,7 +195,7 @@ class Program(nn.Module):
         """
         if self._image is not None and tuple(x.shape[1:]) != self._image:
             raise ValueError(f"this ensemble takes images of shape {list(self._image)}, not {list(x.shape[1:])}")
-        layers = self._called
+        layers = [children[name] for children, name in self._places]
         quick = may_run(x, layers)
         passed = self.limit is None or (quick and self.limit.watch(x) is None)
         state = state_of(layers) if quick else []
