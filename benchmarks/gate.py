@@ -102,9 +102,11 @@ def unpacking() -> Pair:
 
 # By the machine's best instructions, the least ratio of the peer's time to ours.
 GATES: dict[str, tuple[Callable[[], Pair], dict[str, float]]] = {
-    "fake_quantize_multi against PyTorch's op": (weights, {"AVX-512 VNNI": 2.0, "AVX2": 2.0}),
-    "packed int8 convolution against float": (integer_convolution, {"AVX-512 VNNI": 1.5, "AVX2": 0.7}),
-    "unpack against PyTorch ops": (unpacking, {"AVX-512 VNNI": 5.0, "AVX2": 5.0}),
+    "fake_quantize_multi against PyTorch's op": (weights, {"AMX": 2.0, "AVX-512 VNNI": 2.0, "AVX2": 2.0}),
+    "packed int8 convolution against float": (integer_convolution, {"AMX": 3.0, "AVX-512 VNNI": 1.5, "AVX2": 0.7}),
+    "packed int8 depthwise convolution against float": (depthwise_convolution, {"AMX": 0.7}),
+    "packed ResNet-18 on one small image against float": (network, {"AMX": 1.2}),
+    "unpack against PyTorch ops": (unpacking, {"AMX": 5.0, "AVX-512 VNNI": 5.0, "AVX2": 5.0}),
 }
 
 

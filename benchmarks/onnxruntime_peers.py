@@ -29,7 +29,7 @@ def float_session(model: nn.Module, images: Tensor) -> Forward:
 def int8_session(model: nn.Module, images: Tensor, calibration: Tensor, share_cores: bool = False) -> Forward:
     """int8 weights by channel and uint8 activations, their ranges the least and greatest values on `calibration`.
 
-    Networks with attention keep floats between products: the same speed, a tenth of the error.
+    Networks with attention keep floats between products: about the same speed, several times less error.
 
     Args:
         images: the session takes as many.

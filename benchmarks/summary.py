@@ -20,7 +20,9 @@ class Line(NamedTuple):
 
 LSQ = "eager LSQ|native op|compiled LSQ|brevitas"
 FIVE = "five|vmap"
+ONE = "^one|^ONNX Runtime, (float32|int8)"
 AVX512, H200 = "amd-epyc-avx-512-vnni-2-threads", "nvidia-h200"
+AMX = "intel-r-xeon-r-processor-amx-2-threads"
 LINES = (
     Line("all weights of ResNet-50, both passes", AVX512, "all_weights", "resnet50", "fake_quantize_multi", LSQ),
     Line("the same", H200, "all_weights", "resnet50", "fake_quantize_multi", LSQ),
@@ -37,6 +39,18 @@ LINES = (
     Line("five 7-bit ResNet-50, integers, 1 image", AVX512, "packed_ensemble", "batch 1", "packed, integer", FIVE),
     Line("the same, 8 images", AVX512, "packed_ensemble", "batch 8", "packed, integer", FIVE),
     Line("the same, 8 images", H200, "packed_ensemble", "batch 8", "packed, integer", FIVE),
+    Line(
+        "one 7-bit ResNet-50, integers, 1 image",
+        AMX,
+        "deployed_networks",
+        "resnet50, 224 pixels, batch 1",
+        "packed, integer, one",
+        ONE,
+    ),
+    Line("five", AMX, "deployed_networks", "resnet50, 224 pixels, batch 1", "packed, integer, five", FIVE),
+    Line(
+        "the same, 8 images", AMX, "deployed_networks", "resnet50, 224 pixels, batch 8", "packed, integer, five", FIVE
+    ),
     Line(
         "integer convolution, 64>64 3x3",
         AVX512,

@@ -125,4 +125,4 @@ def test_the_summary_names_the_best_peer(results, tmp_path, monkeypatch):
 
 def test_every_line_of_the_summary_is_measured():
     machines = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    assert len(list(summary.table(machines))) == 2 + len(summary.LINES) == 12
+    assert len(list(summary.table(machines))) == 2 + len(summary.LINES) == 15
