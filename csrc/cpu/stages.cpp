@@ -3,13 +3,14 @@
 #include "stages.h"
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <new>
+#include <string>
 #include <thread>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -33,23 +34,21 @@ struct alignas(128) Progress {
   std::atomic<int64_t> taken{0}, done{0};
 };
 
-// The first exception of any thread. After it the chunks that are left are counted, and not run.
+// What the first exception of any thread says. After it the chunks that are left are counted, and not run.
 class Failure {
  public:
   bool happened() const { return happened_.load(std::memory_order_relaxed); }
-  void keep(std::exception_ptr error) {
+  void keep(const char* what) {
     const std::lock_guard lock(mutex_);
-    if (!first_) first_ = error;
+    if (!happened_) what_ = what;
     happened_ = true;
   }
-  void rethrow() const {
-    if (first_) std::rethrow_exception(first_);
-  }
+  void rethrow() const { STD_TORCH_CHECK(!happened_, what_); }
 
  private:
   std::atomic<bool> happened_{false};
   std::mutex mutex_;
-  std::exception_ptr first_;
+  std::string what_;
 };
 
 void take_chunks(const Stage& stage, Progress& progress, Failure& failure) {
@@ -58,8 +57,8 @@ void take_chunks(const Stage& stage, Progress& progress, Failure& failure) {
     if (chunk >= stage.chunks) return;
     try {
       if (!failure.happened()) stage.run(chunk);
-    } catch (...) {
-      failure.keep(std::current_exception());
+    } catch (const std::exception& error) {
+      failure.keep(error.what());
     }
     progress.done.fetch_add(1, std::memory_order_release);
   }
