@@ -143,7 +143,7 @@ class Network:
         )
         runs = [m for m in range(self.members) if m == 0 or bits[m] != bits[m - 1]]
         for part, (begin, end) in enumerate(zip(runs, [*runs[1:], self.members], strict=True)):
-            place = dict(part=part, parts=len(runs), first=begin * images, members=end - begin, member=begin)
+            place = dict(part=part, first=begin * images, members=end - begin, member=begin)
             place |= dict(bits=bits[begin], byte=starts[begin])
             self.rows.append(Row("convolve", x.number, y.number, dtype, shape, **place, **shared_fields))
         return y

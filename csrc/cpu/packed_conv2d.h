@@ -11,7 +11,8 @@
 
 namespace qkernels {
 
-constexpr int64_t kMostTerms = (int64_t{1} << 31) / (255 * 128);  // of a sum of products of codes that surely fits int32
+// Of a sum of products of codes that surely fits int32.
+constexpr int64_t kMostTerms = (int64_t{1} << 31) / (255 * 128);
 
 struct Sizes {  // a linear layer's but for the four without a value here
   int64_t members, images;  // images of each member
@@ -71,22 +72,16 @@ struct Image {
 // copies it; no copy if x is one already. For a depthwise convolution a channel is repeated for each output channel
 // that reads it. A copy takes as many elements as x has with its padding, or where that is more than twice as high or
 // wide as x at most one kernel for each output.
-Image<uint8_t> image_of_codes(const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
-Image<float> image_of_floats(const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
+Image<uint8_t> image_of_codes(
+    const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
+Image<float> image_of_floats(
+    const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
 
-// The stages that compute e.out of x.
-void convolve_codes(
+// Adds the stages that compute e.out of x.
+using Convolve = void(
     const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
     std::vector<Stage>& stages);
-void convolve_floats(
-    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
-    std::vector<Stage>& stages);
-// The same of depthwise convolutions.
-void convolve_depthwise_codes(
-    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
-    std::vector<Stage>& stages);
-void convolve_depthwise_floats(
-    const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
-    std::vector<Stage>& stages);
+Convolve convolve_codes, convolve_floats;
+Convolve convolve_depthwise_codes, convolve_depthwise_floats;  // of depthwise convolutions
 
 }  // namespace qkernels

@@ -1,6 +1,6 @@
 // Depthwise convolutions: each output channel reads one input channel, so the loops run over channels, which are
-// adjacent in the image. The work is cut into (member, some blocks of 64 channels, slice of the pixels); a chunk unpacks
-// its weights, and goes through its pixels by tiles of 16.
+// adjacent in the image. The work is cut into (member, some blocks of 64 channels, slice of the pixels); a chunk
+// unpacks its weights, and goes through its pixels by tiles of 16.
 //
 // The input is read where it is: a tap outside the image points to a row of zeros. Of each output's taps a kernel loads
 // an input element (one byte, or four) and multiplies it with a weight that four pixels share.
@@ -23,7 +23,6 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kPixels = 16;      // of a tile
 constexpr int64_t kPiece = 4;        // pixels whose sums are in registers
 constexpr int64_t kSliceTiles = 16;  // fewer are not worth unpacking weights for once more
-constexpr int64_t kRoomBehind = 64;  // bytes behind codes that may be read
 
 // sums[r][c] = start[c] + sum over taps t of inputs[t * kPixels + r][first + c] * weight, for `count` channels c and
 // `pixels` r, a multiple of kPiece.
@@ -44,7 +43,7 @@ struct Kernel {
   using Arguments = TileArguments<X, Weight, Sum>;
 
   void (*run)(const Arguments&);
-  // The weights of up to 64 channels, of codes [channels][taps]; may read kRoomBehind bytes behind them.
+  // The weights of up to 64 channels, of codes [channels][taps]; may read bytes behind them.
   void (*fill)(const int8_t* codes, int64_t channels, int64_t taps, Weight* weights);
   int64_t (*size)(int64_t taps);  // of these weights
 };
@@ -153,7 +152,8 @@ QK_AVX2 void avx2_tile(const TileArguments<X, Sum, Sum>& a) {
           Lanes::store(a.sums + (piece + r) * kBlockChannels + c + 8 * half, sums[r][half]);
     }
   if (c < a.count)
-    portable_tile<X, Sum>({a.inputs, a.pixels, a.taps, a.first + c, a.count - c, a.weights + c, a.start + c, a.sums + c});
+    portable_tile<X, Sum>(
+        {a.inputs, a.pixels, a.taps, a.first + c, a.count - c, a.weights + c, a.start + c, a.sums + c});
 }
 #endif
 
@@ -292,7 +292,7 @@ class Convolution {
     const int64_t count = (end - begin) * taps_;
     const int8_t* codes = unpack_range(
         packed_.data + member * packed_.bytes, packed_.bits, begin * taps_, count, e_.isa,
-        scratch.take<int8_t>(room_for_codes(count) + kRoomBehind));
+        scratch.take<int8_t>(room_for_codes(count)));
     auto* weights = scratch.take<typename K::Weight>((last - first) * kernel_.size(taps_));
     std::vector<DepthwiseBlock<K>> blocks;
     for (int64_t channel = begin; channel < end; channel += kBlockChannels) {

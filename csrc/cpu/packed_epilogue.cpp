@@ -179,7 +179,8 @@ QK_AVX512 void codes_of_sums_avx512(
   const __m512 low = _mm512_set1_ps(clamp(divide(bounds.low, q.scale), q.qmin, q.qmax));
   const __m512 high = _mm512_set1_ps(clamp(divide(bounds.high, q.scale), q.qmin, q.qmax));
   const __m512 residual_scale = _mm512_set1_ps(block.residual_scale), rounder = _mm512_set1_ps(0x1.8p23f);
-  const __m512i byte = _mm512_set1_epi32(255), in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i byte = _mm512_set1_epi32(255);
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __mmask64 stored = block.count >= 64 ? ~__mmask64{0} : (__mmask64{1} << block.count) - 1;
   for (int64_t row = 0; row < rows; ++row, sums += stride, residual += channels, out += channels) {
     __m512i codes[4] = {};

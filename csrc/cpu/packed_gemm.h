@@ -119,7 +119,8 @@ struct ChannelCut {
 };
 
 // The weights of some channels as the microkernel reads them: [steps][16 * vectors][kStep], zeros where a group's
-// channels, the last 16 outputs or a run were filled up; what each channel's sum starts at; and its epilogue's constants.
+// channels, the last 16 outputs or a run were filled up; what each channel's sum starts at; and its epilogue's
+// constants.
 template <class G>
 struct Panel {
   int64_t first, vectors;
@@ -160,7 +161,8 @@ class Unpacker {
   // 16 channels' codes into their lanes.
   void fill(const int8_t* codes, int64_t stride, int64_t vectors, typename G::Weight* lanes) const {
     const int64_t step = vectors * kLanes * G::kStep;
-    if (depth_.panel_steps == depth_.steps) return gemm_.fill(codes, stride, depth_.count * depth_.steps, vectors, lanes);
+    if (depth_.panel_steps == depth_.steps)
+      return gemm_.fill(codes, stride, depth_.count * depth_.steps, vectors, lanes);
     for (int64_t run = 0; run < depth_.count; ++run) {
       gemm_.fill(codes + run * depth_.steps * G::kStep, stride, depth_.steps, vectors, lanes);
       for (int64_t i = depth_.steps; i < depth_.panel_steps; ++i)

@@ -110,7 +110,8 @@ Image<To> image_of(
   const auto image = [&](const To* data) -> Image<To> {
     const int64_t size = checked_product({rows.count, row});
     return {
-        data, data + checked_product({x.images, size}), size, row, pixel, rows.window_step() * row, columns.window_step() * pixel,
+        data, data + checked_product({x.images, size}), size, row, pixel, rows.window_step() * row,
+        columns.window_step() * pixel,
         rows.tap_step() * row, columns.tap_step() * pixel, channels.stored, raised_by};
   };
   const From* from = static_cast<const From*>(x.data);

@@ -177,7 +177,8 @@ class Network {
     return row[field] < 0 ? nullptr : floats(row, field, begin, count);
   }
   const Tensor& constant(const Row& row, Field field) const {
-    row.check(row[field] >= 0 && row[field] < static_cast<int64_t>(constants_.size()), "takes a constant that is not there");
+    row.check(
+        row[field] >= 0 && row[field] < static_cast<int64_t>(constants_.size()), "takes a constant that is not there");
     return constants_[row[field]];
   }
 
@@ -202,7 +203,8 @@ class Network {
     const int64_t images = checked_product({members, s.images});
     write(row, out, images);
     const int64_t first = row[Field::first];
-    row.check(s.shared ? x.images == s.images : checked_sum({first, images}) <= x.images, "takes more images than there are");
+    row.check(
+        s.shared ? x.images == s.images : checked_sum({first, images}) <= x.images, "takes more images than there are");
     const int64_t channels = checked_product({members, s.out_channels}), begin = checked_product({before, s.out_channels});
     Epilogue e{
         .channels = s.out_channels,
@@ -238,7 +240,8 @@ class Network {
     row.check(
         (e.residual != nullptr && is_code(e.residual_dtype)) == (e.residual_scale != nullptr),
         "has a scale of its residual, and that is no codes; or none");
-    row.check(is_code(e.out_dtype) == (e.out_scale != nullptr), "has a scale of its result, and that is no codes; or none");
+    row.check(
+        is_code(e.out_dtype) == (e.out_scale != nullptr), "has a scale of its result, and that is no codes; or none");
     row.check(is_code(x.dtype) || e.residual == nullptr || e.residual_dtype == x.dtype, "adds a residual of another dtype");
     row.check(is_code(x.dtype) || e.out_dtype == x.dtype, "gives another dtype than it takes");
   }
@@ -267,7 +270,8 @@ class Network {
         .shared = row[Field::shared] != 0};
     const auto fits = [](int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t stride, int64_t dilation,
                          int64_t outputs) {
-      const int64_t last = checked_sum({checked_product({outputs - 1, stride}), checked_product({kernel - 1, dilation})});
+      const int64_t last =
+          checked_sum({checked_product({outputs - 1, stride}), checked_product({kernel - 1, dilation})});
       return last < checked_sum({size, before, after});
     };
     row.check(

@@ -7,7 +7,7 @@ namespace qkernels {
 
 // The columns, in the order of qkernels/ops/packed_network.py.
 enum class Field : int64_t {
-  kind, x, residual, result, part, parts, dtype, images, channels, height, width,
+  kind, x, residual, result, part, dtype, images, channels, height, width,
   first, members, member, images_of_member, shared, bits, byte,
   kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w, groups,
   activation, qmin, qmax,

@@ -163,7 +163,8 @@ struct TiledRows {
   int64_t tiles_an_image;
 
   TiledRows(const Image<uint8_t>& image, const Sizes& s)
-      : images(s.images), rows(s.out_height), columns(s.out_width), pitch((columns + kTileRows - 1) / kTileRows * kTileRows) {
+      : images(s.images), rows(s.out_height), columns(s.out_width),
+        pitch((columns + kTileRows - 1) / kTileRows * kTileRows) {
     if (image.image == rows * image.window_down) rows *= images, images = 1;
     const int64_t between = image.window_right ? image.window_down / image.window_right : 0;
     if (between >= columns && between <= pitch && between * image.window_right == image.window_down) {
@@ -246,7 +247,8 @@ struct AmxGemm {
     const int64_t begin = tile % all.tiles_an_image * kTileRows;
     const auto at = [&](int64_t i) { return window_at(job, all, tile, i); };
     const X* last = at(0) + (kTileRows - 1) * image.window_right + job.runs.offsets.back();
-    if (last + job.depth.panel_steps * kStep <= image.end) return {at(0), image.window_right, job.runs.offsets.data()};
+    if (last + job.depth.panel_steps * kStep <= image.end)
+      return {at(0), image.window_right, job.runs.offsets.data()};
     for (int64_t r = 0; r < kTileRows; ++r) {
       const int64_t i = begin + r;
       if (i / all.pitch >= all.rows || i % all.pitch >= all.columns) continue;  // whose sums are dropped

@@ -43,7 +43,7 @@ class Failure {
     if (!happened_) what_ = what;
     happened_ = true;
   }
-  void rethrow() const { STD_TORCH_CHECK(!happened_, what_); }
+  void check() const { STD_TORCH_CHECK(!happened_, what_); }
 
  private:
   std::atomic<bool> happened_{false};
@@ -85,7 +85,8 @@ thread_local Blocks own;
 int64_t wanted_chunks() { return kChunksOfAThread * static_cast<int64_t>(torch::stable::get_num_threads()); }
 
 Stage evenly_cut(int64_t items, int64_t work, std::function<void(int64_t begin, int64_t end)> run) {
-  const int64_t chunks = std::clamp<int64_t>(std::min(wanted_chunks(), work / kLeastWork), 1, std::max<int64_t>(1, items));
+  const int64_t most = std::max<int64_t>(1, items);
+  const int64_t chunks = std::clamp<int64_t>(std::min(wanted_chunks(), work / kLeastWork), 1, most);
   return {chunks, work, [=, run = std::move(run)](int64_t chunk) {
             run(items * chunk / chunks, items * (chunk + 1) / chunks);
           }};
@@ -110,7 +111,7 @@ void run_stages(const std::vector<Stage>& stages) {
       wait_for(stages[i], progress[i]);
     }
   });
-  failure.rethrow();
+  failure.check();
 }
 
 Scratch::Scratch() : first_(static_cast<int64_t>(own.used)) {}

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from .checks import KERNEL_DTYPES
+from .packed_conv2d import MOST_TERMS
 from .packed_network import ACTIVATION_NUMBERS, DTYPES, FIELDS, KINDS
 from .packing import packed_bytes
 
 MOST_SIZE = 2**40  # of a number in the table
-MOST_TERMS = 2**31 // (255 * 128)  # of a sum of products of codes that surely fits int32
 CODES = (torch.int8, torch.uint8)
 
 Shape = tuple[int, int, int, int]

@@ -19,7 +19,7 @@ ops = torch.ops.qkernels
 
 # The columns of the table, in the order of csrc/cpu/packed_network.h.
 FIELDS = (
-    *("kind", "x", "residual", "result", "part", "parts", "dtype", "images", "channels", "height", "width"),
+    *("kind", "x", "residual", "result", "part", "dtype", "images", "channels", "height", "width"),
     *("first", "members", "member", "images_of_member", "shared", "bits", "byte"),
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left", "pad_bottom", "pad_right"),
     *("dilation_h", "dilation_w", "groups", "activation", "qmin", "qmax"),
@@ -39,7 +39,7 @@ class Row(NamedTuple):
             "max_pool" (of codes).
         x, residual: values.
         result: the value that comes of it: those of the rows are numbered one after another. Runs of members whose
-            weights differ in bits give it in `parts` rows, this one being `part`.
+            weights differ in bits give it in several rows, this one being `part`.
         dtype: of the result.
         shape: of the result, [images, channels, height, width].
         first: the first of its images that this row gives.
@@ -59,7 +59,6 @@ class Row(NamedTuple):
     shape: Sequence[int]
     residual: int = -1
     part: int = 0
-    parts: int = 1
     first: int = 0
     members: int = 1
     member: int = 0
@@ -80,7 +79,7 @@ class Row(NamedTuple):
     def numbers(self) -> list[int]:
         """In the order of FIELDS."""
         return [
-            *(KINDS.index(self.kind), self.x, self.residual, self.result, self.part, self.parts),
+            *(KINDS.index(self.kind), self.x, self.residual, self.result, self.part),
             *(DTYPES[self.dtype], *self.shape, self.first, self.members, self.member, self.images_of_member),
             *(int(self.shared), self.bits, self.byte, *self.window, ACTIVATION_NUMBERS.index(self.activation)),
             *(*self.code_range, self.packed, self.scale, self.bias, self.x_scale, self.residual_scale, self.out_scale),

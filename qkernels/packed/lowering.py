@@ -134,7 +134,6 @@ class Lowered:
                     shape,
                     residual=self._numbers[residual[0]] if residual else -1,
                     part=part,
-                    parts=len(layer.runs),
                     first=run.members.start * images,
                     members=run.members.stop - run.members.start,
                     member=run.members.start,
