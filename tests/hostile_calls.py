@@ -132,9 +132,11 @@ def differs(op: str, actual: Tensor, expected: Tensor, args: list[Any], coarse: 
 
 
 def has_inexact_rows(args: list[Any]) -> bool:
-    """Whether a row of `packed_network` has SiLU, or is a float convolution."""
+    """Whether a row of `packed_network` has SiLU, or is a float convolution or another sum of floats."""
     kind, activation, scale = (FIELDS.index(name) for name in ("kind", "activation", "x_scale"))
     convolutions = [row for row in args[2].tolist() if row[kind] == KINDS.index("convolve")]
+    if any(row[kind] in map(KINDS.index, ("mean", "norm", "attend")) for row in args[2].tolist()):
+        return True
     return any(row[activation] == ACTIVATION_NUMBERS.index("silu") or row[scale] < 0 for row in convolutions)
 
 

@@ -29,7 +29,7 @@ class Network:
     Args:
         random: what all follows from.
         most: channels, in each of a few groups.
-        exact: no SiLU and no float convolutions, of which backends give other bits.
+        exact: nothing of which backends give other bits: SiLU, float convolutions, norms, means and attention.
     """
 
     def __init__(self, random: random.Random, most: int = 9, exact: bool = False, members: int | None = None) -> None:
@@ -148,7 +148,41 @@ class Network:
             self.rows.append(Row("convolve", x.number, y.number, dtype, shape, **place, **shared_fields))
         return y
 
+    def _one_row(self, kind: str, x: Value, shape, **fields) -> Value:
+        y = self._value(x.dtype, shape, x.shared)
+        self.rows.append(Row(kind, x.number, y.number, x.dtype, shape, **fields))
+        return y
+
+    def mean(self, x: Value) -> Value:
+        return self._one_row("mean", x, (*x.shape[:2], 1, 1))
+
+    def gate(self, x: Value) -> Value:
+        factors = self.input(torch.float32, (*x.shape[:2], 1, 1), x.shared)
+        return self._one_row("gate", x, x.shape, residual=factors.number)
+
+    def norm(self, x: Value) -> Value:
+        members = 1 if x.shared else self.members
+        weight, bias = (self.constant(self.tensor([members, x.shape[1]])) for _ in range(2))
+        eps = self.constant(torch.tensor([self.random.choice((1e-5, 1e-6, 0.1))]))
+        return self._one_row("norm", x, x.shape, members=members, scale=weight, bias=bias, x_scale=eps)
+
+    def attend(self, x: Value) -> Value:
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        tokens = self.random.choice([n for n in (1, x.shape[2] * x.shape[3], pixels) if pixels % n == 0])
+        heads = self.random.choice([n for n in (1, 2, 3) if n <= x.shape[1]])
+        channels = heads * self.random.randint(1, x.shape[1] // heads)
+        starts = {name: self.random.randint(0, x.shape[1] - channels) for name in ("query", "key", "value")}
+        scale = self.constant(torch.tensor([self.random.choice((1.0, 0.125, -0.5))]))
+        shape = (x.shape[0], channels, *x.shape[2:])
+        return self._one_row("attend", x, shape, heads=heads, tokens=tokens, scale=scale, **starts)
+
     def step(self, x: Value) -> Value:
+        if x.dtype == torch.float32 and self.random.random() < 0.3:
+            made = not self.values[-1].number < len(self.inputs)  # then there are no more inputs
+            kinds = [] if self.exact else [self.mean, self.norm, self.attend]
+            kinds += [] if made else [self.gate]
+            if kinds:
+                return self.random.choice(kinds)(x)
         if x.dtype in FLOATS and (self.exact or self.random.random() < 0.5):
             return self.quantize(x)
         return self.pool(x) if x.dtype in CODES and self.random.random() < 0.3 else self.convolve(x)

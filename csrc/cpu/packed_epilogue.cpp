@@ -2,7 +2,7 @@
 
 #include "packed_epilogue.h"
 
-#include "../numerics.h"
+#include "exponential.h"
 #include "vectorized.h"
 
 #include <torch/headeronly/util/Exception.h>
@@ -55,22 +55,6 @@ QK_VECTORIZED void values_of(
     for (int64_t c = 0; c < block.count; ++c)
       values[row * values_stride + c] = value(block, bounds, sums + row * stride, residual + row * channels, c);
   }
-}
-
-// exp(x) for x <= 88 within two units in the last place: 2^n times a polynomial in the rest, |r| <= log(2) / 2.
-QK_ALWAYS_INLINE float exponential(float x) {
-  x = clamp(x, -104.0f, 88.7f);
-  const float scaled = round_half_even(x * 1.44269504f), n = scaled == scaled ? scaled : 0.0f;  // r is NaN then
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.0f / 5040;
-  for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    p = p * r + coefficient;
-  // 2^n in two factors, each of which is a normal number.
-  const int half = static_cast<int>(n) / 2, rest = static_cast<int>(n) - half;
-  const int32_t bits[2] = {(half + 127) << 23, (rest + 127) << 23};
-  float factors[2];
-  std::memcpy(factors, bits, sizeof bits);
-  return p * factors[0] * factors[1];
 }
 
 QK_VECTORIZED void silu(float* values, int64_t n) {

@@ -4,14 +4,13 @@
 
 #include "packed_fill_avx2.h"
 #include "packed_fill_avx512.h"
-#include "packed_gemm.h"
+#include "packed_gemm_floats.h"
 #include "packed_tile_avx2.h"
 #include "vectorized.h"
 
 namespace qkernels {
 namespace {
 
-using FloatGemm = Gemm<float, float, float, 1>;
 using Arguments = FloatGemm::Arguments;
 
 QK_VECTORIZED void fill(const int8_t* rows, int64_t stride, int64_t steps, int64_t vectors, float* lanes) {
@@ -82,7 +81,9 @@ struct Avx512Tile {
 };
 #endif
 
-FloatGemm gemm_of(Isa isa) {
+}  // namespace
+
+FloatGemm float_gemm(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::amx:
@@ -94,12 +95,10 @@ FloatGemm gemm_of(Isa isa) {
   }
 }
 
-}  // namespace
-
 void convolve_floats(
     const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
     std::vector<Stage>& stages) {
-  stages.push_back(convolution(gemm_of(e.isa), image_of_floats(x, sizes, 1, memory, stages), sizes, weights, e));
+  stages.push_back(convolution(float_gemm(e.isa), image_of_floats(x, sizes, 1, memory, stages), sizes, weights, e));
 }
 
 }  // namespace qkernels

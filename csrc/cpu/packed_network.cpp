@@ -3,63 +3,17 @@
 // What the op is told, a table of numbers, is checked row by row before anything runs: a row may read what an input, an
 // earlier row or a constant has, no more, and each row's result is written in whole.
 
-#include "../checked.h"
 #include "arena.h"
-#include "packed_arguments.h"
 #include "packed_network.h"
+#include "packed_table.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <array>
 #include <string>
 #include <vector>
 
 namespace qkernels {
 namespace {
-
-const Op kOp{"packed_network"};
-constexpr int64_t kMostSize = int64_t{1} << 40;  // of a number in the table
-
-// One row of the table, copied: what is checked of it stays so, whoever writes to the tensor.
-class Row {
- public:
-  Row(const int64_t* numbers, int64_t index) : index_(index) {
-    std::copy_n(numbers, kFields, numbers_.begin());
-    for (int64_t i = 0; i < kFields; ++i)
-      check(numbers_[i] >= -kMostSize && numbers_[i] <= kMostSize, "has a number out of range");
-  }
-  int64_t operator[](Field field) const { return numbers_[static_cast<int64_t>(field)]; }
-  int64_t at_least(int64_t least, Field field) const {
-    check((*this)[field] >= least, "has a size that is too small");
-    return (*this)[field];
-  }
-  void check(bool right, const char* what) const { STD_TORCH_CHECK(right, kOp, ": row ", index_, " ", what); }
-
- private:
-  std::array<int64_t, kFields> numbers_;
-  int64_t index_;
-};
-
-// A result, or an input: [images, channels, height, width], the channels next to each other in memory.
-struct Value {
-  char* data;
-  ScalarType dtype;
-  int64_t images, channels, height, width;
-  int64_t last_use = -1;  // the row
-
-  int64_t pixel_bytes() const { return channels * (is_code(dtype) ? 1 : dtype == ScalarType::Float ? 4 : 2); }
-  int64_t image_bytes() const { return height * width * pixel_bytes(); }
-  Pixels from(int64_t image, int64_t count) const { return {data + image * image_bytes(), dtype, count}; }
-};
-
-ScalarType dtype_of(const Row& row, Field field) {
-  const auto dtype = static_cast<ScalarType>(row[field]);  // which has 8 bits
-  row.check(
-      static_cast<int64_t>(dtype) == row[field] && (is_code(dtype) || is_element(dtype)),
-      "has a dtype of neither codes nor floats");
-  return dtype;
-}
 
 class Network {
  public:
@@ -84,7 +38,7 @@ class Network {
       for (Value& value : values_)
         if (value.last_use == i) arena_.give_back(value.data), value.last_use = -1;
     }
-    STD_TORCH_CHECK(complete_, kOp, ": the last result lacks images");
+    STD_TORCH_CHECK(complete_, kNetworkOp, ": the last result lacks images");
     return stages;
   }
 
@@ -154,6 +108,10 @@ class Network {
       case kQuantize: return quantize(row, x, out, stages);
       case kConvolve: return convolve(row, x, out, memory, stages);
       case kMaxPool: return pool(row, x, out, stages);
+      case kMean: return average(row, x, out, stages);
+      case kGate: return multiply(row, x, out, stages);
+      case kNorm: return normalize(row, x, out, stages);
+      case kAttend: return attend(row, x, out, stages);
       default: row.check(false, "is of an unknown kind");
     }
   }
@@ -285,7 +243,7 @@ class Network {
 
   PackedWeights packed(const Row& row, const Value& x, const Sizes& s, int64_t members) const {
     const int64_t bits = row[Field::bits], begin = row.at_least(0, Field::byte);
-    check_bits(kOp, bits);
+    check_bits(kNetworkOp, bits);
     const int64_t window = checked_product({s.kernel_h, s.kernel_w, s.depth()});
     row.check(!is_code(x.dtype) || window <= kMostTerms, "has sums that may exceed int32");
     const int64_t codes = checked_product({s.out_channels, window});
@@ -307,6 +265,56 @@ class Network {
         "is no max pool of codes");
     write(row, out, out.images);
     stages.push_back(max_pool(x.from(0, x.images), s, out.data));
+  }
+
+  void average(const Row& row, const Value& x, const Value& out, std::vector<Stage>& stages) {
+    row.check(
+        x.is_float32() && out.is_float32() && out.images == x.images && out.channels == x.channels &&
+            out.pixels() == x.images,
+        "is no mean of images of float32");
+    write(row, out, out.images);
+    stages.push_back(mean(x.floats(), x.images, x.height * x.width, x.channels, out.floats()));
+  }
+
+  void multiply(const Row& row, const Value& x, const Value& out, std::vector<Stage>& stages) {
+    const Value& factors = value(row, Field::residual);
+    row.check(x.is_float32() && factors.is_float32() && same(x, out), "is no product of images of float32");
+    row.check(
+        factors.pixels() == x.images && factors.images == x.images && factors.channels == x.channels,
+        "has other factors than one for each channel of an image");
+    write(row, out, out.images);
+    stages.push_back(gate(x.floats(), factors.floats(), x.images, x.height * x.width, x.channels, out.floats()));
+  }
+
+  void normalize(const Row& row, const Value& x, const Value& out, std::vector<Stage>& stages) {
+    const int64_t members = row.at_least(1, Field::members), channels = checked_product({members, x.channels});
+    row.check(x.is_float32() && same(x, out) && x.images % members == 0, "is no norm of float32");
+    write(row, out, out.images);
+    const LayerNorm norm{
+        x.pixels() / members, x.channels, floats(row, Field::scale, 0, channels), floats(row, Field::bias, 0, channels),
+        *floats(row, Field::x_scale, 0, 1)};
+    stages.push_back(layer_norm(x.floats(), x.pixels(), norm, out.floats()));
+  }
+
+  void attend(const Row& row, const Value& x, const Value& out, std::vector<Stage>& stages) {
+    const int64_t heads = row.at_least(1, Field::heads), tokens = row.at_least(1, Field::tokens);
+    row.check(
+        x.is_float32() && out.is_float32() && out.images == x.images && out.height == x.height &&
+            out.width == x.width && x.pixels() % tokens == 0 && out.channels % heads == 0,
+        "is no attention of tokens of float32");
+    for (Field field : {Field::query, Field::key, Field::value})
+      row.check(
+          checked_sum({row.at_least(0, field), out.channels}) <= x.channels, "takes channels that are not there");
+    write(row, out, out.images);
+    const Attention attention{
+        x.pixels() / tokens, tokens, x.channels, heads, out.channels / heads, row[Field::query], row[Field::key],
+        row[Field::value], *floats(row, Field::scale, 0, 1)};
+    stages.push_back(attention_of(x.floats(), attention, out.floats()));
+  }
+
+  static bool same(const Value& x, const Value& out) {
+    return x.dtype == out.dtype && x.images == out.images && x.channels == out.channels && x.height == out.height &&
+        x.width == out.width;
   }
 
   static std::pair<float, float> range(const Row& row, ScalarType dtype) {
@@ -344,22 +352,22 @@ Tensor packed_network(
   STD_TORCH_CHECK(
       steps.scalar_type() == ScalarType::Long && steps.dim() == 2 && steps.size(0) > 0 && steps.size(1) == kFields &&
           steps.is_cpu(),
-      kOp, ": steps must be an int64 table on the CPU, [steps, ", kFields, "]");
+      kNetworkOp, ": steps must be an int64 table on the CPU, [steps, ", kFields, "]");
   if (!steps.is_contiguous()) steps = torch::stable::contiguous(steps);
-  STD_TORCH_CHECK(!inputs.empty(), kOp, ": there are no inputs");
+  STD_TORCH_CHECK(!inputs.empty(), kNetworkOp, ": there are no inputs");
   for (Tensor& x : inputs) {
     STD_TORCH_CHECK(
-        x.is_cpu() && x.dim() == 4 && x.numel() > 0 && (is_code(x.scalar_type()) || is_element(x.scalar_type())), kOp,
+        x.is_cpu() && x.dim() == 4 && x.numel() > 0 && (is_code(x.scalar_type()) || is_element(x.scalar_type())), kNetworkOp,
         ": inputs must be codes or floats [images, channels, height, width]");
     x = channels_last(x);
   }
   for (Tensor& t : constants) {
-    STD_TORCH_CHECK(t.is_cpu(), kOp, ": constants must be on the CPU");
+    STD_TORCH_CHECK(t.is_cpu(), kNetworkOp, ": constants must be on the CPU");
     if (!t.is_contiguous()) t = torch::stable::contiguous(t);
   }
-  STD_TORCH_CHECK(out_sizes.size() == 4, kOp, ": out_sizes must be four numbers");
-  for (int64_t size : out_sizes) STD_TORCH_CHECK(size > 0, kOp, ": out_sizes must be positive");
-  STD_TORCH_CHECK(is_code(out_dtype) || is_element(out_dtype), kOp, ": out_dtype must be of codes or floats");
+  STD_TORCH_CHECK(out_sizes.size() == 4, kNetworkOp, ": out_sizes must be four numbers");
+  for (int64_t size : out_sizes) STD_TORCH_CHECK(size > 0, kNetworkOp, ": out_sizes must be positive");
+  STD_TORCH_CHECK(is_code(out_dtype) || is_element(out_dtype), kNetworkOp, ": out_dtype must be of codes or floats");
   const int64_t row = checked_product({out_sizes[3], out_sizes[1]});
   const int64_t strides[] = {checked_product({out_sizes[2], row}), 1, row, out_sizes[1]};
   checked_product({strides[0], out_sizes[0]});

@@ -1,22 +1,9 @@
-// The table of packed_network, and the stages of the steps that are no convolutions.
+// The stages of packed_network's rows that are no convolutions.
 #pragma once
 
 #include "packed_conv2d.h"
 
 namespace qkernels {
-
-// The columns, in the order of qkernels/ops/packed_network.py.
-enum class Field : int64_t {
-  kind, x, residual, result, part, dtype, images, channels, height, width,
-  first, members, member, images_of_member, shared, bits, byte,
-  kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w, groups,
-  activation, qmin, qmax,
-  packed, scale, bias, x_scale, residual_scale, out_scale,
-  count
-};
-constexpr int64_t kFields = static_cast<int64_t>(Field::count);
-
-enum Kind : int64_t { kQuantize, kConvolve, kMaxPool };
 
 // Codes of floats, image i of the result with the scale of member i / images_of_member.
 Stage quantization(
@@ -25,5 +12,28 @@ Stage quantization(
 
 // The largest code of each window; codes of what the padding is take no part.
 Stage max_pool(const Pixels& x, const Sizes& s, char* out);
+
+// Each channel's mean over the pixels of an image.
+Stage mean(const float* x, int64_t images, int64_t pixels, int64_t channels, float* out);
+
+// Each channel of an image times its factor: [images, channels] of them.
+Stage gate(const float* x, const float* factors, int64_t images, int64_t pixels, int64_t channels, float* out);
+
+// Layer norm over the channels of each pixel, with weight and bias [members, channels].
+struct LayerNorm {
+  int64_t pixels;  // of a member
+  int64_t channels;
+  const float *weight, *bias;
+  float eps;
+};
+Stage layer_norm(const float* x, int64_t pixels, const LayerNorm& norm, float* out);
+
+// Softmax(query key^T scale) value of `images` with so many tokens, of whose `width` channels the heads' query, key and
+// value are those from the named ones on, [heads, depth] each.
+struct Attention {
+  int64_t images, tokens, width, heads, depth, query, key, value;
+  float scale;
+};
+Stage attention_of(const float* x, const Attention& attention, float* out);
 
 }  // namespace qkernels

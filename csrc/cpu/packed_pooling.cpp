@@ -1,4 +1,4 @@
-// Max pools of codes: quantization keeps the order, so the largest code is the largest value.
+// Max pools of codes, since quantization keeps the order: the largest code is the largest value. Means of floats.
 
 #include "packed_network.h"
 #include "vectorized.h"
@@ -35,12 +35,44 @@ Stage pool(const T* x, const Sizes& s, T* out) {
   });
 }
 
+constexpr int64_t kChannels = 64;  // at a time
+
+QK_VECTORIZED void mean_of_channels(const float* x, int64_t pixels, int64_t stride, int64_t n, float* out) {
+  float sums[kChannels] = {};
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += stride)
+    for (int64_t c = 0; c < n; ++c) sums[c] += x[c];
+  for (int64_t c = 0; c < n; ++c) out[c] = sums[c] / static_cast<float>(pixels);
+}
+
+QK_VECTORIZED void multiply(const float* x, const float* factors, int64_t n, float* out) {
+  for (int64_t c = 0; c < n; ++c) out[c] = x[c] * factors[c];
+}
+
 }  // namespace
 
 Stage max_pool(const Pixels& x, const Sizes& s, char* out) {
   if (x.dtype == ScalarType::Char)
     return pool(static_cast<const int8_t*>(x.data), s, reinterpret_cast<int8_t*>(out));
   return pool(static_cast<const uint8_t*>(x.data), s, reinterpret_cast<uint8_t*>(out));
+}
+
+Stage mean(const float* x, int64_t images, int64_t pixels, int64_t channels, float* out) {
+  const int64_t blocks = (channels + kChannels - 1) / kChannels, elements = images * pixels * channels;
+  return evenly_cut(images * blocks, elements / 16, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / blocks, first = i % blocks * kChannels;
+      mean_of_channels(
+          x + image * pixels * channels + first, pixels, channels, std::min(kChannels, channels - first),
+          out + image * channels + first);
+    }
+  });
+}
+
+Stage gate(const float* x, const float* factors, int64_t images, int64_t pixels, int64_t channels, float* out) {
+  return evenly_cut(images * pixels, images * pixels * channels / 16, [=](int64_t begin, int64_t end) {
+    for (int64_t pixel = begin; pixel < end; ++pixel)
+      multiply(x + pixel * channels, factors + pixel / pixels * channels, channels, out + pixel * channels);
+  });
 }
 
 }  // namespace qkernels

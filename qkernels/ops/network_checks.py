@@ -46,6 +46,13 @@ class Row(dict[str, int]):
         self.check(0 <= self[field] < there, "takes what is not there")
         return self._values[self[field]]
 
+    def some_floats(self, field: str, constants: Sequence[Tensor], each: int = 1) -> Tensor:
+        """`floats` of a constant that there must be."""
+        constant = self.floats(field, constants, each)
+        if constant is None:
+            raise ValueError(f"packed_network: row {self._index} takes a constant that is not there")
+        return constant
+
     def floats(self, field: str, constants: Sequence[Tensor], each: int = 1) -> Tensor | None:
         """What the row's members have of a constant, [members, each]."""
         if self[field] < 0:
@@ -80,6 +87,12 @@ def check_begin(row: Row, complete: bool, given: Tensor | None, images: int) -> 
         row.check(right, "goes on with another result")
 
 
+def check_whole(row: Row, written: int, images: int) -> None:
+    """Of a row that gives all of its result's images."""
+    whole = row["first"] == written == 0 and row["images"] == images
+    row.check(whole, "does not go on where the one before it ended")
+
+
 def check_quantize(row: Row, x: Tensor) -> None:
     """Of a row that quantizes x."""
     row.check(row["members"] > 0, "has a size that is too small")
@@ -87,7 +100,6 @@ def check_quantize(row: Row, x: Tensor) -> None:
     images = row.shape[0]
     right = images in (x.shape[0], row["members"] * x.shape[0]) and images % row["members"] == 0
     row.check(right and row.shape[1:] == tuple(x.shape[1:]), "quantizes to another shape")
-    row.check(row["first"] == 0, "does not go on where the one before it ended")
     check_range(row)
 
 
@@ -125,7 +137,45 @@ def check_pool(row: Row, x: Tensor) -> None:
         and row["dilation_h"] == row["dilation_w"] == 1,
         "is no max pool of codes",
     )
-    row.check(row["first"] == 0, "does not go on where the one before it ended")
+
+
+def check_mean(row: Row, x: Tensor) -> None:
+    """Of a mean over x's pixels."""
+    right = _float32(x, row) and row.shape == (*x.shape[:2], 1, 1)
+    row.check(right, "is no mean of images of float32")
+
+
+def check_gate(row: Row, x: Tensor, factors: Tensor) -> None:
+    """Of a product of x and a factor for each of its channels."""
+    row.check(_float32(x, factors, row) and row.shape == tuple(x.shape), "is no product of images of float32")
+    right = tuple(factors.shape) == (*x.shape[:2], 1, 1)
+    row.check(right, "has other factors than one for each channel of an image")
+
+
+def check_norm(row: Row, x: Tensor) -> None:
+    """Of a layer norm of x."""
+    row.check(row["members"] > 0, "has a size that is too small")
+    right = _float32(x, row) and row.shape == tuple(x.shape) and x.shape[0] % row["members"] == 0
+    row.check(right, "is no norm of float32")
+
+
+def check_attend(row: Row, x: Tensor) -> None:
+    """Of attention in x."""
+    row.check(row["heads"] > 0 and row["tokens"] > 0, "has a size that is too small")
+    images, channels, *pixels = row.shape
+    right = (
+        _float32(x, row)
+        and (images, *pixels) == (x.shape[0], *x.shape[2:])
+        and math.prod((images, *pixels)) % row["tokens"] == 0
+        and channels % row["heads"] == 0
+    )
+    row.check(right, "is no attention of tokens of float32")
+    there = all(0 <= row[name] <= x.shape[1] - channels for name in ("query", "key", "value"))
+    row.check(there, "takes channels that are not there")
+
+
+def _float32(*values: Tensor | Row) -> bool:
+    return all(value.dtype == torch.float32 for value in values)
 
 
 def check_convolve(row: Row, x: Tensor, written: int, images: int) -> None:

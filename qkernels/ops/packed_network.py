@@ -23,9 +23,10 @@ FIELDS = (
     *("first", "members", "member", "images_of_member", "shared", "bits", "byte"),
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left", "pad_bottom", "pad_right"),
     *("dilation_h", "dilation_w", "groups", "activation", "qmin", "qmax"),
+    *("heads", "tokens", "query", "key", "value"),
     *("packed", "scale", "bias", "x_scale", "residual_scale", "out_scale"),
 )
-KINDS = ("quantize", "convolve", "max_pool")
+KINDS = ("quantize", "convolve", "max_pool", "mean", "gate", "norm", "attend")
 ACTIVATION_NUMBERS = ("none", "relu", "relu6", "silu")
 # As the C++ numbers them.
 DTYPES = {torch.uint8: 0, torch.int8: 1, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
@@ -35,8 +36,10 @@ class Row(NamedTuple):
     """One row of the table; values are numbered, the inputs first, and so are constants, -1 being none.
 
     Attributes:
-        kind: "quantize" (x by `out_scale`), "convolve" (as `packed_conv2d`, of codes `packed_conv2d_int8`) or
-            "max_pool" (of codes).
+        kind: "quantize" (x by `out_scale`), "convolve" (as `packed_conv2d`, of codes `packed_conv2d_int8`), "max_pool"
+            (of codes); of float32 "mean" (of an image's pixels), "gate" (x times `residual`, which has one pixel),
+            "norm" (layer norm over the channels, by `scale`, `bias` and the epsilon `x_scale`) and "attend" (softmax of
+            queries times keys times the number `scale`, times values).
         x, residual: values.
         result: the value that comes of it: those of the rows are numbered one after another. Runs of members whose
             weights differ in bits give it in several rows, this one being `part`.
@@ -49,6 +52,8 @@ class Row(NamedTuple):
         packed: constant of uint8, the members' codes from `byte` on, `bits` each.
         window: kernel, stride, padding, dilation (as Geometry has them) and groups.
         code_range: of the result.
+        heads, tokens: of attention, whose x has images * height * width / tokens sequences.
+        query, key, value: the first of x's channels that are the heads' queries, keys and values.
         scale, bias, x_scale, residual_scale, out_scale: constants of float32, [M, C] the first two and else [M].
     """
 
@@ -69,6 +74,11 @@ class Row(NamedTuple):
     window: Sequence[int] = (1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
     activation: str = "none"
     code_range: tuple[int, int] = (0, 255)
+    heads: int = 1
+    tokens: int = 1
+    query: int = 0
+    key: int = 0
+    value: int = 0
     packed: int = -1
     scale: int = -1
     bias: int = -1
@@ -82,7 +92,8 @@ class Row(NamedTuple):
             *(KINDS.index(self.kind), self.x, self.residual, self.result, self.part),
             *(DTYPES[self.dtype], *self.shape, self.first, self.members, self.member, self.images_of_member),
             *(int(self.shared), self.bits, self.byte, *self.window, ACTIVATION_NUMBERS.index(self.activation)),
-            *(*self.code_range, self.packed, self.scale, self.bias, self.x_scale, self.residual_scale, self.out_scale),
+            *(*self.code_range, self.heads, self.tokens, self.query, self.key, self.value),
+            *(self.packed, self.scale, self.bias, self.x_scale, self.residual_scale, self.out_scale),
         ]
 
 

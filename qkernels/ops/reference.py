@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Geometry
-from .network_checks import Row, check_begin, check_convolve, check_pool, check_quantize
+from .network_checks import (
+    Row,
+    check_attend,
+    check_begin,
+    check_convolve,
+    check_gate,
+    check_mean,
+    check_norm,
+    check_pool,
+    check_quantize,
+    check_whole,
+)
 from .packed_conv2d import ACTIVATIONS
 from .packed_network import ACTIVATION_NUMBERS, KINDS
 from .packing import codes_dtype
@@ -308,11 +319,9 @@ def packed_network(
 def _quantize_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
     x = row.value("x")
     check_quantize(row, x)
-    row.check(written == 0 and row["images"] == images, "does not go on where the one before it ended")
+    check_whole(row, written, images)
     row["member"] = 0  # the scales are all that there are
-    scale = row.floats("out_scale", constants)
-    if scale is None:
-        raise ValueError("packed_network: a row takes a constant that is not there")
+    scale = row.some_floats("out_scale", constants)
     x = x.repeat(row["images"] // x.shape[0], 1, 1, 1).unflatten(0, (row["members"], -1))
     return quantize(x, scale[:, 0], row["qmin"], row["qmax"], 0).flatten(0, 1).view(row.dtype)
 
@@ -320,7 +329,7 @@ def _quantize_row(row: Row, constants: list[Tensor], written: int, images: int) 
 def _pool_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
     x = row.value("x")
     check_pool(row, x)
-    row.check(written == 0 and row["images"] == images, "does not go on where the one before it ended")
+    check_whole(row, written, images)
     window = _window(row)
     top, left, bottom, right = window.padding
     padded = F.pad(x.float(), (left, right, top, bottom), value=-math.inf)
@@ -337,9 +346,7 @@ def _convolve_row(row: Row, constants: list[Tensor], written: int, images: int) 
         height, width = window.output_size(*x.shape[2:])
         residual = F.pad(residual, (0, width - row["width"], 0, height - row["height"]))
     count = torch.Size(window.weight_shape(row["channels"], x.shape[1])[1:]).numel()
-    packed, scale = row.weights(constants, count), row.floats("scale", constants, row["channels"])
-    if scale is None:
-        raise ValueError("packed_network: a row takes a constant that is not there")
+    packed, scale = row.weights(constants, count), row.some_floats("scale", constants, row["channels"])
     bias = row.floats("bias", constants, row["channels"])
     x = x if row["shared"] else x[here]
     rest = (row["bits"], *window.arguments, bool(row["shared"]), ACTIVATION_NUMBERS[row["activation"]])
@@ -360,4 +367,54 @@ def _window(row: Row) -> Geometry:
     return Geometry(pairs[0], pairs[1], padding, pairs[2], row["groups"])
 
 
-_ROWS = {"quantize": _quantize_row, "convolve": _convolve_row, "max_pool": _pool_row}
+def _mean_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
+    x = row.value("x")
+    check_mean(row, x)
+    check_whole(row, written, images)
+    return x.mean((2, 3), keepdim=True)
+
+
+def _gate_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
+    x, factors = row.value("x"), row.value("residual")
+    check_gate(row, x, factors)
+    check_whole(row, written, images)
+    return x * factors
+
+
+def _norm_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
+    x = row.value("x")
+    check_norm(row, x)
+    check_whole(row, written, images)
+    row["member"] = 0
+    weight, bias = (row.some_floats(name, constants, row["channels"]) for name in ("scale", "bias"))
+    row["members"] = 1
+    eps = float(row.some_floats("x_scale", constants))
+    normalized = F.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=eps).unflatten(0, (weight.shape[0], -1))
+    by_member = (weight.shape[0], 1, 1, 1, -1)
+    return (normalized * weight.view(by_member) + bias.view(by_member)).flatten(0, 1).movedim(-1, 1)
+
+
+def _attend_row(row: Row, constants: list[Tensor], written: int, images: int) -> Tensor:
+    x = row.value("x")
+    check_attend(row, x)
+    check_whole(row, written, images)
+    row["member"], row["members"] = 0, 1
+    scale = float(row.some_floats("scale", constants))
+    tokens = x.movedim(1, -1).reshape(-1, row["tokens"], x.shape[1])
+    query, key, value = (
+        tokens[..., row[name] : row[name] + row["channels"]].unflatten(-1, (row["heads"], -1)).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
+    y = (query @ key.mT * scale).softmax(-1) @ value
+    return y.transpose(1, 2).reshape(row["images"], row["height"], row["width"], -1).movedim(-1, 1)
+
+
+_ROWS = {
+    "quantize": _quantize_row,
+    "convolve": _convolve_row,
+    "max_pool": _pool_row,
+    "mean": _mean_row,
+    "gate": _gate_row,
+    "norm": _norm_row,
+    "attend": _attend_row,
+}

@@ -152,13 +152,16 @@ class PackedLinear(PackedLayer):
         `residual` has the result's shape and is added before the activation.
         """
         rows = x.reshape(-1, self.in_channels)
-        few = rows.shape[0] <= GEMV_ROWS * (1 if self.shared else self.members)
-        if few and residual is None and self.input_scale is None:
+        if self.multiplies(rows.shape[0], residual is not None):
             y = self._multiply(rows)
         else:
             added = None if residual is None else residual.reshape(-1, self.out_channels, 1, 1)
             y = self._convolve(rows[:, :, None, None], added, self.geometry)
         return y.reshape(*self._lead(x.shape[:-1]), self.out_channels)
+
+    def multiplies(self, rows: int, adds: bool) -> bool:
+        """Whether so many rows are few enough for `packed_gemv`, which adds no residual."""
+        return self.input_scale is None and not adds and rows <= GEMV_ROWS * (1 if self.shared else self.members)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         """Few rows [M * N, in] to [M * N, out]."""

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from .by_members import Operands, on_planes
 from .functions import CALLS
 from .kinds import LayerKind, ProgramError
-from .lowering import Seen
-from .segments import Part, Segment, Segments, may_run, parts_of, state_of
+from .record import Record
+from .segments import Parts, Segment, Segments, may_run, parts_of, state_of
 from .steps import Ref, Step, mapped
 from .values import Result, resolved
 
@@ -200,37 +200,45 @@ class Program(nn.Module):
         passed = self.limit is None or (quick and self.limit.watch(x) is None)
         state = state_of(layers) if quick else []
         parts = self._segments.parts(x, state) if quick and passed else None
-        operands = Operands({self._input: x}, self._own, self._members)
-        if parts is not None:
-            self._run_parts(parts, operands)
-            return self._result(operands)
-        seen = self._run_steps(x, operands)
-        if quick:
-            self._segments.keep(x, state, parts_of(self, seen))
-        return self._result(operands)
+        if parts is None:
+            record = Record(self._input, x) if quick else None
+            y = self._run_steps(x, record)
+            if record is None:
+                return y
+            parts = parts_of(self, record)
+            self._segments.keep(x, state, parts)
+            if not parts.rounds:
+                return y
+        return self._run_parts(parts, x)  # the first images like these get the answer, too, that others will
 
-    def _run_steps(self, x: Tensor, operands: Operands) -> dict[str, Seen]:
-        """Run them one by one; returns what the tensors among their results were."""
+    def _operands(self, x: Tensor) -> Operands:
+        return Operands({self._input: x}, self._own, self._members)
+
+    def _run_steps(self, x: Tensor, record: Record | None = None) -> Tensor:
+        """Run them one by one."""
         limit = None if torch.compiler.is_compiling() else self.limit
         watch = limit.watch(x) if limit is not None else None
-        values, seen = operands.values, {self._input: Seen(x.shape, x.dtype)}
+        operands = self._operands(x)
+        values = operands.values
         for step, done in zip(self._steps, self._done_after, strict=True):
             layer = self.layer(step.target) if step.op == "layer" else None
             if watch is not None:
                 watch(step, layer, operands)
             value = values[step.name] = checked(step, self._run(step, layer, operands))
-            if isinstance(value, Tensor):
-                seen[step.name] = Seen(value.shape, value.dtype)
+            if record is not None:
+                record.see(step, value, values)
             for name in done:
                 del values[name]
         if limit is not None:
             limit.let_pass(x)
-        return seen
+        return self._result(operands)
 
-    def _run_parts(self, parts: Sequence[Part], operands: Operands) -> None:
+    def _run_parts(self, parts: Parts, x: Tensor) -> Tensor:
         """Run what images of this shape have passed before, with its segments."""
+        operands = self._operands(x)
         values = operands.values
-        for call, done in parts:
+        values |= parts.numbers
+        for call, done in parts.calls:
             if isinstance(call, Segment):
                 values[call.name] = call.run(values)
             else:
@@ -238,6 +246,7 @@ class Program(nn.Module):
                 values[call.name] = checked(call, self._run(call, layer, operands))
             for name in done:
                 del values[name]
+        return self._result(operands)
 
     def _run(self, step: Step, layer: nn.Module | None, operands: Operands) -> Any:
         if layer is None:

@@ -15,8 +15,10 @@ from torch.nn.modules import module as hooks
 from ..backends import report
 from ..ops.packed_network import packed_network, table
 from .codes_max_pool import CodesMaxPool2d
-from .lowering import Constant, Lowered, Seen, image_dims, image_shape, known
+from .float_layers import StackedNorm
+from .lowering import Constant, Lowered, Shape
 from .packed_layer import PackedLayer
+from .record import Record, dense_strides
 from .steps import Step
 
 MOST_SHAPES = 8  # of images, for which segments are kept
@@ -29,24 +31,28 @@ class Segment:
     """Some steps as one.
 
     Attributes:
-        inputs: the values that it takes, and how many dimensions of each are an image's.
-        name, shape: of the value that it gives.
+        inputs: the values that it takes, and as what images.
+        name, shape, strides: of the value that it gives.
         constants, steps, out_sizes, dtype: of `packed_network`.
+        rounds: whether it rounds otherwise than its steps.
     """
 
-    inputs: tuple[tuple[str, int], ...]
+    inputs: tuple[tuple[str, Shape], ...]
     name: str
     shape: torch.Size
+    strides: tuple[int, ...]
     constants: tuple[Constant, ...]
     steps: Tensor
     out_sizes: tuple[int, ...]
     dtype: torch.dtype
+    rounds: bool
 
     def run(self, values: dict[str, Any]) -> Tensor:
         """The value that it gives, of those by name."""
-        inputs = [values[name].reshape(image_shape(values[name].shape, dims)) for name, dims in self.inputs]
+        inputs = [values[name].reshape(shape) for name, shape in self.inputs]
         constants: Any = [constant.tensors[constant.name] for constant in self.constants]
-        return packed_network(inputs, constants, self.steps, self.out_sizes, self.dtype).reshape(self.shape)
+        y = packed_network(inputs, constants, self.steps, self.out_sizes, self.dtype)
+        return y.as_strided(self.shape, self.strides)
 
 
 class Part(NamedTuple):
@@ -56,6 +62,18 @@ class Part(NamedTuple):
     done: tuple[str, ...]
 
 
+class Parts(NamedTuple):
+    """What a program is for images of a shape: its parts, and the numbers that follow from the shape."""
+
+    calls: list[Part]
+    numbers: dict[str, Any]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether they round otherwise than the steps."""
+        return any(isinstance(part.call, Segment) and part.call.rounds for part in self.calls)
+
+
 class Segments:
     """The parts that a program runs in, by the shape of its images.
 
@@ -63,7 +81,7 @@ class Segments:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[Any, ...], tuple[State, list[Part]]] = {}
+        self._parts: dict[tuple[Any, ...], tuple[State, Parts]] = {}
 
     def __deepcopy__(self, memo: Any) -> "Segments":
         return Segments()
@@ -71,12 +89,12 @@ class Segments:
     def __reduce__(self) -> Any:
         return Segments, ()
 
-    def parts(self, x: Tensor, state: State) -> list[Part] | None:
+    def parts(self, x: Tensor, state: State) -> Parts | None:
         """For images x, if such have passed layers in this state."""
         kept = self._parts.get((x.shape, x.dtype))
         return kept[1] if kept is not None and kept[0] == state else None
 
-    def keep(self, x: Tensor, state: State, parts: list[Part]) -> None:
+    def keep(self, x: Tensor, state: State, parts: Parts) -> None:
         """For the next images like x."""
         kept = self._parts.copy()  # others may be looking at it
         kept.pop((x.shape, x.dtype), None)
@@ -94,6 +112,8 @@ def state_of(layers: Sequence[nn.Module]) -> State:
 def _settings(layer: nn.Module) -> Any:
     if isinstance(layer, PackedLayer):
         return layer.changes
+    if isinstance(layer, StackedNorm):
+        return layer.kind, layer.eps, layer.weight.dtype
     return (layer.kernel_size, layer.stride, layer.padding) if isinstance(layer, CodesMaxPool2d) else None
 
 
@@ -123,59 +143,64 @@ def _served() -> bool:
     return any(row.op == "packed_network" and row.device == "cpu" and row.backend == "cpp" for row in report())
 
 
-def parts_of(program: Any, seen: dict[str, Seen]) -> list[Part]:
-    """The program's steps, with segments in the place of those that the op knows.
+def parts_of(program: Any, record: Record) -> Parts:
+    """The program's steps, with segments in the place of those that the op knows, and without those that give numbers.
 
     Args:
         program: a `Program`.
-        seen: name -> what a value was, of those that were tensors.
+        record: of a run with images of the shape.
     """
     steps: Sequence[Step] = program.steps
-    last_use = {name: i for i, step in enumerate(steps) for name in step.uses}
+    last_use = {name: i for i, step in enumerate(steps) if step.name not in record.numbers for name in step.uses}
     last_use[program.output.name] = len(steps)
-    able = [step.op == "layer" and known(step, program.layer(step.target), seen) for step in steps]
     parts: list[Part] = []
-    begin = 0
+    there, begin = {program.input}, 0
     while begin < len(steps):
-        end = begin
-        while end < len(steps) and able[end]:
-            end += 1
-        while end > begin and not _closed(program, steps[begin:end], last_use, end):
-            end -= 1
-        end = max(end, begin + 1)
-        names = [step.name for step in steps[begin : end - 1]]
-        done = tuple(name for i in range(begin, end) for name in program.done_after(i) if name not in names)
-        call = _segment(program, steps[begin:end], seen) if able[begin] else steps[begin]
-        parts.append(Part(call, done))
-        begin = end
-    return parts
+        end = _end_of_segment(program, record, begin, last_use)
+        call = steps[begin] if end == begin else _segment(program, steps[begin:end], record)
+        begin = max(end, begin + 1)
+        if call.name not in record.numbers:
+            there.add(call.name)
+            done = tuple(name for name in there if last_use.get(name, 0) < begin)
+            parts.append(Part(call, done))
+            there -= {*done}
+    return Parts(parts, record.numbers)
 
 
-def _closed(program: Any, steps: Sequence[Step], last_use: dict[str, int], end: int) -> bool:
-    """Whether the steps give one value to those from `end` on, and values have images of one kind for all layers."""
-    dims: dict[str, int] = {}
+def _end_of_segment(program: Any, record: Record, begin: int, last_use: dict[str, int]) -> int:
+    """Behind the last of the steps from `begin` on that give one value to those after them; `begin` if none do."""
+    steps, lowered, end = program.steps, Lowered(record), begin
+    while end < len(steps) and lowered.add(steps[end], _layer(program, steps[end])):
+        end += 1
+
+    def closed() -> bool:
+        inside = (step.name for step in steps[begin : end - 1] if step.name not in record.numbers)
+        return lowered.may_end_with(steps[end - 1].name) and all(last_use.get(name, 0) < end for name in inside)
+
+    while end > begin and not closed():
+        end -= 1
+    return end
+
+
+def _layer(program: Any, step: Step) -> nn.Module | None:
+    return program.layer(step.target) if step.op == "layer" else None
+
+
+def _segment(program: Any, steps: Sequence[Step], record: Record) -> Segment:
+    lowered = Lowered(record)
     for step in steps:
-        own = image_dims(program.layer(step.target))
-        if any(dims.setdefault(name, own) != own for name in (*step.uses, step.name)):
-            return False
-    return all(last_use.get(step.name, 0) < end for step in steps[:-1])
-
-
-def _segment(program: Any, steps: Sequence[Step], seen: dict[str, Seen]) -> Segment:
-    names = [step.name for step in steps]
-    layers = [program.layer(step.target) for step in steps]
-    dims = {name: image_dims(layer) for step, layer in zip(steps, layers, strict=True) for name in step.uses}
-    inputs = [name for name in dims if name not in names]
-    lowered = Lowered(inputs, seen)
-    for step, layer in zip(steps, layers, strict=True):
-        lowered.add(step, layer)
-    last = seen[names[-1]]
+        lowered.add(step, _layer(program, step))
+    name = steps[-1].name
+    seen, value = record.tensors[name], lowered.value(name)
+    assert value is not None
     return Segment(
-        tuple((name, dims[name]) for name in inputs),
-        names[-1],
-        last.shape,
+        tuple((name, value.shape) for name, value in lowered.inputs.items()),
+        name,
+        seen.shape,
+        dense_strides(seen.shape, value.order),
         tuple(lowered.constants),
-        table(lowered.rows),
-        image_shape(last.shape, image_dims(layers[-1])),
-        last.dtype,
+        table(lowered.rows()),
+        value.shape,
+        seen.dtype,
+        lowered.rounds,
     )
