@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from network_cases import random_network
+from packed_oracle import ACTIVATIONS
 from qkernels.ops.packing import packed_bytes
 from qkernels.ops.schemas import SCHEMAS
 
@@ -23,7 +24,6 @@ NUMBERS = (
     *(2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**61, 2**62, 2**63 - 257, 2**63 - 1, 2**63, 2**70),
     *(-1, -2, -8, -128, -129, -100_000, -(2**22), -(2**31), -(2**32), -(2**63), -(2**63) - 1),
 )
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 
 class Maker:
@@ -302,7 +302,7 @@ def changed_value(value: Any, make: Maker) -> Any:
     if isinstance(value, float):
         return make(float("nan"), -1.0, 0.0, 1e30, 2, None)
     if isinstance(value, str):
-        return make(*ACTIVATIONS, "", "gelu", "RELU", "relu\0", "x" * 10_000, "é", 3)
+        return make(*ACTIVATIONS, "", "mish", "RELU", "relu\0", "x" * 10_000, "é", 3)
     if isinstance(value, torch.dtype):
         return make(*DTYPES)
     return make(make.tensor([3]), 0, 1, -1, 2**63 - 1, make.tensor([2], torch.int8), make.tensor([]), "none")

@@ -33,6 +33,7 @@ if __name__ == "__main__":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hostile_arguments as arguments
+from packed_oracle import INEXACT as INEXACT_ACTIVATIONS
 from qkernels import backends
 from qkernels.ops.library import run_check
 from qkernels.ops.packed_network import ACTIVATION_NUMBERS, FIELDS, KINDS
@@ -115,13 +116,13 @@ def differs(op: str, actual: Tensor, expected: Tensor, args: list[Any], coarse: 
         return True
     if actual.is_meta or expected.is_meta:
         return not (actual.is_meta and expected.is_meta)
-    inexact = op in INEXACT or coarse or "silu" in [a for a in args if isinstance(a, str)]
+    inexact = op in INEXACT or coarse or any(a in INEXACT_ACTIVATIONS for a in args if isinstance(a, str))
     if op == "packed_network" and (inexact := has_inexact_rows(args)) and len(args[2]) > 1:
         return False  # what such a row gives, those behind it make more of
     actual, exact = actual.cpu(), not inexact
     if exact or not expected.numel():
         return not torch.equal(actual.nan_to_num(nan=7e7), expected.nan_to_num(nan=7e7))
-    if not expected.dtype.is_floating_point:  # one code, where SiLU's rounding matters
+    if not expected.dtype.is_floating_point:  # one code, where an exponential's rounding matters
         return bool((actual.int() - expected.int()).abs().max() > 1)
     scale = expected.float()[expected.isfinite()].abs().amax(dim=None).item() if expected.isfinite().any() else 1.0
     tolerance = max(1e-4, 4 * torch.finfo(expected.dtype).eps)
@@ -132,12 +133,13 @@ def differs(op: str, actual: Tensor, expected: Tensor, args: list[Any], coarse: 
 
 
 def has_inexact_rows(args: list[Any]) -> bool:
-    """Whether a row of `packed_network` has SiLU, or is a float convolution or another sum of floats."""
+    """Whether a row of `packed_network` has an exponential, or is a float convolution or another sum of floats."""
     kind, activation, scale = (FIELDS.index(name) for name in ("kind", "activation", "x_scale"))
-    convolutions = [row for row in args[2].tolist() if row[kind] == KINDS.index("convolve")]
-    if any(row[kind] in map(KINDS.index, ("mean", "norm", "attend")) for row in args[2].tolist()):
-        return True
-    return any(row[activation] == ACTIVATION_NUMBERS.index("silu") or row[scale] < 0 for row in convolutions)
+    rows = args[2].tolist()
+    convolutions = [row for row in rows if row[kind] == KINDS.index("convolve")]
+    return any(row[kind] in map(KINDS.index, ("mean", "norm", "attend")) for row in rows) or any(
+        ACTIVATION_NUMBERS[row[activation]] in INEXACT_ACTIVATIONS or row[scale] < 0 for row in convolutions
+    )
 
 
 def outcome(op: str, args: list[Any], function: Callable[..., Any], expected: Callable[..., Any], coarse: bool) -> str:

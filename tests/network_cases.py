@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from packed_oracle import ACTIVATIONS, EXACT
 from qkernels.ops.geometry import Geometry
-from qkernels.ops.packed_network import ACTIVATION_NUMBERS, Row, table
+from qkernels.ops.packed_network import Row, table
 from qkernels.ops.packing import packed_bytes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +30,7 @@ class Network:
     Args:
         random: what all follows from.
         most: channels, in each of a few groups.
-        exact: nothing of which backends give other bits: SiLU, float convolutions, norms, means and attention.
+        exact: nothing of which backends give other bits: exponentials, float convolutions, norms, means, attention.
     """
 
     def __init__(self, random: random.Random, most: int = 9, exact: bool = False, members: int | None = None) -> None:
@@ -132,7 +133,7 @@ class Network:
             images_of_member=images,
             shared=x.shared,
             window=(*g.kernel, *g.stride, *g.padding, *g.dilation, g.groups),
-            activation=self.random.choice(ACTIVATION_NUMBERS[: 3 if self.exact else 4]),
+            activation=self.random.choice(EXACT if self.exact else ACTIVATIONS),
             code_range=(-128, 127) if dtype == torch.int8 else (0, 255),
             packed=self.constant(self.tensor([byte + 1], torch.uint8)),
             scale=self.constant(self.tensor([self.members, channels], scales, True)),

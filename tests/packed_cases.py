@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import packed_oracle as oracle
 from backend_under_test import Backend, compiled, slow, why_not
-from packed_oracle import Window
+from packed_oracle import ACTIVATIONS, Window
 from qkernels.ops import library
 from qkernels.ops.geometry import Geometry
 
@@ -38,7 +38,6 @@ def each_backend(request, monkeypatch):
 
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "unaligned")
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
 INTEGERS = (torch.int8, torch.uint8)
 RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 BITS = st.integers(2, 8)

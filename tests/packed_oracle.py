@@ -3,10 +3,15 @@
 Bits are placed one by one; convolutions are sums over taps in int64 or float64; the epilogue is float32.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
+EXACT = ("none", "relu", "relu6", "hardswish", "hardsigmoid")  # activations of IEEE operations alone
+INEXACT = ("silu", "sigmoid", "gelu", "gelu_tanh")  # with an exponential, of which backends give other bits
+ACTIVATIONS = EXACT + INEXACT
+STRETCH = {"hardswish": 1.5, "silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13}  # the most they stretch differences, else 1
 FLOAT32_UNIT = 2.0**-24  # the largest relative error of one rounding
 
 
@@ -94,10 +99,27 @@ def activate(y, activation):
         return np.maximum(y, y.dtype.type(0))
     if activation == "relu6":
         return np.clip(y, y.dtype.type(0), y.dtype.type(6))
-    if activation == "silu":
-        with np.errstate(over="ignore"):
+    if activation in ("hardswish", "hardsigmoid"):
+        limited = np.clip(y + y.dtype.type(3), y.dtype.type(0), y.dtype.type(6))
+        return (y * limited if activation == "hardswish" else limited) / y.dtype.type(6)
+    with np.errstate(over="ignore"):
+        if activation == "silu":
             return y / (1 + np.exp(-y))
+        if activation == "sigmoid":
+            return 1 / (1 + np.exp(-y))
+    wide = y.astype(np.float64)
+    if activation == "gelu":
+        return (wide / 2 * np.vectorize(math.erfc, otypes=[float])(-wide / math.sqrt(2))).astype(y.dtype)
+    if activation == "gelu_tanh":
+        u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+        return (wide / 2 * (1 + np.tanh(u))).astype(y.dtype)
+    assert activation == "none"
     return y
+
+
+def activation_slack(y, activation):
+    """How far float32 may be from activate(y)'s exact values y: a few roundings, of GELU near 0 those of 1 + erf."""
+    return 16 * FLOAT32_UNIT * np.abs(y) + (3e-7 if activation.startswith("gelu") else 1e-37)
 
 
 def epilogue(sums, scale, bias, residual, activation):

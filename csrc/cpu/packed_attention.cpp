@@ -4,7 +4,7 @@
 // A chunk has some queries of one head of an image. Its keys and values are laid out as the tiles' panels, then a few
 // queries at a time meet all keys, and what comes of the softmax all values; scores stay in the caches.
 
-#include "exponential.h"
+#include "../activation.h"
 #include "lanes.h"
 #include "packed_gemm_floats.h"
 #include "packed_network.h"

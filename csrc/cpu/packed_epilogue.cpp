@@ -2,13 +2,13 @@
 
 #include "packed_epilogue.h"
 
-#include "exponential.h"
+#include "../numerics.h"
+#include "packed_activation.h"
 #include "vectorized.h"
 
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
-#include <limits>
 #include <type_traits>
 
 namespace qkernels {
@@ -21,19 +21,6 @@ struct NoResidual {};
 
 template <class T>
 constexpr bool is_code = std::is_same_v<T, uint8_t> || std::is_same_v<T, int8_t>;
-
-struct Bounds {
-  float low, high;
-};
-
-Bounds bounds_of(Activation activation) {
-  constexpr float infinity = std::numeric_limits<float>::infinity();
-  switch (activation) {
-    case Activation::relu: return {0.0f, infinity};
-    case Activation::relu6: return {0.0f, 6.0f};
-    default: return {-infinity, infinity};
-  }
-}
 
 template <class Sum, class Residual>
 QK_ALWAYS_INLINE float value(
@@ -54,14 +41,6 @@ QK_VECTORIZED void values_of(
 #pragma omp simd
     for (int64_t c = 0; c < block.count; ++c)
       values[row * values_stride + c] = value(block, bounds, sums + row * stride, residual + row * channels, c);
-  }
-}
-
-QK_VECTORIZED void silu(float* values, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = values[i], y = v / (1.0f + exponential(-v));
-    values[i] = v < -FLT_MAX ? NAN : y;  // -infinity / (1 + infinity), where exponential() is finite
   }
 }
 
@@ -120,7 +99,7 @@ QK_VECTORIZED void store_rows(const float* values, int64_t n, int64_t rows, int6
 
 #if defined(__x86_64__)
 // The common epilogues without a trip through memory, a row of up to 64 channels at a time. An activation that clamps y
-// clamps y / scale as well, at its bounds over scale.
+// clamps y / scale as well, at its bounds over scale; the function A of another comes before.
 struct Avx512Channels {
   __m512 multiplier[4], bias[4];
   __mmask16 used[4];
@@ -154,7 +133,7 @@ QK_AVX512 inline __m512 avx512_values(
 }
 
 // V registers of sums to codes. What is added to round leaves the code in the lowest byte.
-template <int V, class Residual>
+template <int V, Activation A, class Residual>
 QK_AVX512 void codes_of_sums_avx512(
     const ChannelBlock& block, const Requantizer& q, Bounds bounds, const int32_t* sums, int64_t stride,
     const Residual* residual, int64_t channels, int64_t rows, uint8_t* out) {
@@ -167,13 +146,14 @@ QK_AVX512 void codes_of_sums_avx512(
   const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __mmask64 stored = block.count >= 64 ? ~__mmask64{0} : (__mmask64{1} << block.count) - 1;
   for (int64_t row = 0; row < rows; ++row, sums += stride, residual += channels, out += channels) {
+    __m512 y[V];
     __m512i codes[4] = {};
     unsigned unsure = 0;
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const __m512 y = avx512_values(c, v, sums, residual, residual_scale);
+      y[v] = activated_avx512<A>(avx512_values(c, v, sums, residual, residual_scale));
       // Of these, the second operand comes out if one is NaN.
-      const __m512 grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_mul_ps(y, inverse)));
+      const __m512 grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_mul_ps(y[v], inverse)));
       const __m512 rounded = _mm512_add_ps(grid, rounder);
       const __m512 distance = _mm512_abs_ps(_mm512_sub_ps(grid, _mm512_sub_ps(rounded, rounder)));
       unsure |= _mm512_mask_cmp_ps_mask(c.used[v], distance, sure, _CMP_NLT_UQ);
@@ -182,8 +162,7 @@ QK_AVX512 void codes_of_sums_avx512(
     if (__builtin_expect(unsure != 0, 0))
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        const __m512 y = avx512_values(c, v, sums, residual, residual_scale);
-        const __m512 grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_div_ps(y, scale)));
+        const __m512 grid = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_div_ps(y[v], scale)));
         __m512 code = _mm512_roundscale_ps(grid, _MM_FROUND_TO_NEAREST_INT);
         code = _mm512_mask_mov_ps(code, _mm512_cmp_ps_mask(code, code, _CMP_UNORD_Q), _mm512_set1_ps(q.of_nan));
         codes[v] = _mm512_and_si512(_mm512_cvtps_epi32(code), byte);
@@ -195,7 +174,7 @@ QK_AVX512 void codes_of_sums_avx512(
 }
 
 // V registers of sums to float32.
-template <int V, class Residual>
+template <int V, Activation A, class Residual>
 QK_AVX512 void floats_of_sums_avx512(
     const ChannelBlock& block, Bounds bounds, const int32_t* sums, int64_t stride, const Residual* residual,
     int64_t channels, int64_t rows, float* out) {
@@ -205,7 +184,7 @@ QK_AVX512 void floats_of_sums_avx512(
   for (int64_t row = 0; row < rows; ++row, sums += stride, residual += channels, out += channels)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const __m512 y = avx512_values(c, v, sums, residual, residual_scale);
+      const __m512 y = activated_avx512<A>(avx512_values(c, v, sums, residual, residual_scale));
       _mm512_mask_storeu_ps(out + 16 * v, c.used[v], _mm512_min_ps(high, _mm512_max_ps(low, y)));
     }
 }
@@ -223,7 +202,7 @@ QK_AVX2 inline void store_bytes(void* p, __m128i v, int64_t n) {
 }
 
 // The same 8 channels at a time; of a last few, the others are computed and not stored.
-template <class Residual>
+template <Activation A, class Residual>
 QK_AVX2 void codes_of_sums_avx2(
     const ChannelBlock& block, const Requantizer& q, Bounds bounds, const int32_t* sums, int64_t stride,
     const Residual* residual, int64_t channels, int64_t rows, uint8_t* out) {
@@ -243,6 +222,7 @@ QK_AVX2 void codes_of_sums_avx2(
             std::is_same_v<Residual, int8_t> ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
         v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_cvtepi32_ps(codes), residual_scale));
       }
+      v = activated_avx2<A>(v);
       __m256 grid = _mm256_min_ps(high, _mm256_max_ps(low, _mm256_mul_ps(v, inverse)));
       __m256 code = _mm256_round_ps(grid, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       const __m256 distance = _mm256_andnot_ps(sign, _mm256_sub_ps(grid, code));
@@ -308,14 +288,20 @@ void finish_rows(
           block, bounds_of(e.activation), sums + done * stride, stride, residual, e.channels, m, values,
           values_stride);
     });
-    if (e.activation == Activation::silu)
-      for (int64_t row = 0; row < m; ++row) silu(values + row * values_stride, block.count);
+    with_function(e.activation, [&]<Activation A>() {
+      if constexpr (A != Activation::none)
+        for (int64_t row = 0; row < m; ++row) activate<A>(values + row * values_stride, block.count);
+    });
     if (!in_place) store_values(e, block, values, m, out);
   }
 }
 
 #if defined(__x86_64__)
-template <class Residual>
+// Functions are compiled for sums to which nothing is added, as they come in networks.
+template <Activation A, class Residual>
+constexpr bool is_common = A == Activation::none || std::is_same_v<Residual, NoResidual>;
+
+template <Activation A, class Residual>
 bool finish_avx512(
     const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, const Residual* residual,
     int64_t rows, int64_t at) {
@@ -330,19 +316,19 @@ bool finish_avx512(
     }
   };
   const Bounds bounds = bounds_of(e.activation);
-  if constexpr (known) {
+  if constexpr (known && is_common<A, Residual>) {
     if (e.out_scale != nullptr) {
       const Requantizer q(block.out_scale, e.qmin, e.qmax);
       uint8_t* out = static_cast<uint8_t*>(e.out) + at;
       with_vectors([&]<int V>() {
-        codes_of_sums_avx512<V>(block, q, bounds, sums, stride, residual, e.channels, rows, out);
+        codes_of_sums_avx512<V, A>(block, q, bounds, sums, stride, residual, e.channels, rows, out);
       });
       return true;
     }
     if (e.out_dtype == ScalarType::Float) {
       float* out = static_cast<float*>(e.out) + at;
       with_vectors([&]<int V>() {
-        floats_of_sums_avx512<V>(block, bounds, sums, stride, residual, e.channels, rows, out);
+        floats_of_sums_avx512<V, A>(block, bounds, sums, stride, residual, e.channels, rows, out);
       });
       return true;
     }
@@ -350,15 +336,15 @@ bool finish_avx512(
   return false;
 }
 
-template <class Residual>
+template <Activation A, class Residual>
 bool finish_avx2(
     const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, const Residual* residual,
     int64_t rows, int64_t at) {
-  if constexpr (is_code<Residual> || std::is_same_v<Residual, NoResidual>) {
+  if constexpr ((is_code<Residual> || std::is_same_v<Residual, NoResidual>) && is_common<A, Residual>) {
     if (e.out_scale == nullptr) return false;
     const Requantizer q(block.out_scale, e.qmin, e.qmax);
     uint8_t* out = static_cast<uint8_t*>(e.out) + at;
-    codes_of_sums_avx2(block, q, bounds_of(e.activation), sums, stride, residual, e.channels, rows, out);
+    codes_of_sums_avx2<A>(block, q, bounds_of(e.activation), sums, stride, residual, e.channels, rows, out);
     return true;
   }
   return false;
@@ -370,10 +356,12 @@ bool finish_quickly(
     const Epilogue& e, const ChannelBlock& block, const int32_t* sums, int64_t stride, int64_t rows, int64_t at) {
   bool done = false;
 #if defined(__x86_64__)
-  if (e.activation == Activation::silu || !(has_avx512(e.isa) || has_avx2(e.isa))) return false;
-  with_residual(e, at, [&](const auto* residual) {
-    done = has_avx512(e.isa) ? finish_avx512(e, block, sums, stride, residual, rows, at)
-                             : finish_avx2(e, block, sums, stride, residual, rows, at);
+  if (!(has_avx512(e.isa) || has_avx2(e.isa))) return false;
+  with_function(e.activation, [&]<Activation A>() {
+    with_residual(e, at, [&](const auto* residual) {
+      done = has_avx512(e.isa) ? finish_avx512<A>(e, block, sums, stride, residual, rows, at)
+                               : finish_avx2<A>(e, block, sums, stride, residual, rows, at);
+    });
   });
 #endif
   return done;

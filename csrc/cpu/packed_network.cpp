@@ -9,6 +9,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -326,7 +327,8 @@ class Network {
 
   static Activation activation_numbered(const Row& row) {
     const int64_t number = row[Field::activation];
-    row.check(number >= 0 && number <= static_cast<int64_t>(Activation::silu), "has an unknown activation");
+    row.check(
+        number >= 0 && number < static_cast<int64_t>(std::size(kActivationNames)), "has an unknown activation");
     return static_cast<Activation>(number);
   }
 

@@ -175,15 +175,6 @@ __device__ __forceinline__ void add_products(
     for (int i = 0; i < 4; ++i) sums[t][i] += products[t][i];
 }
 
-__device__ __forceinline__ float activate(float v, Activation activation) {
-  switch (activation) {
-    case Activation::relu: return v < 0.0f ? 0.0f : v;
-    case Activation::relu6: return clamp(v, 0.0f, 6.0f);
-    case Activation::silu: return divide(v, 1.0f + expf(-v));
-    default: return v;
-  }
-}
-
 // Adds up what warps and parts of x left in `of_warps`, [warp][row of the tile][column], and writes the results.
 template <typename X, int kColumnTiles>
 __device__ __forceinline__ void write_results(const Gemv& g, const Work& work, const float* of_warps) {
@@ -205,7 +196,7 @@ __device__ __forceinline__ void write_results(const Gemv& g, const Work& work, c
     const float y = g.bias == nullptr ? sum * g.scale[channel]
                                       : multiply_add_unfused(sum, g.scale[channel], g.bias[channel]);
     static_cast<X*>(g.y)[(int64_t{work.member} * g.rows + work.first_x + n) * g.out + o] =
-        from_float<X>(activate(y, g.activation));
+        from_float<X>(activated(y, g.activation));
   }
 }
 

@@ -3,6 +3,7 @@
 A convolution takes the members' images one member after another along the batch, [M * N, C, H, W], and gives the same.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -19,12 +20,19 @@ from .transforms import unrecorded
 
 ops = torch.ops.qkernels
 
-Activation = Literal["none", "relu", "relu6", "silu"]
+Activation = Literal["none", "relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "gelu_tanh"]
+# In the order of csrc/activation.h. PyTorch's own hardswish and hardsigmoid multiply by 1 / 6 on GPUs, which rounds
+# otherwise; its GELU of infinity is NaN on some CPUs.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
+    "hardswish": lambda y: y * (y + 3).clamp(0, 6) / 6,
+    "hardsigmoid": lambda y: (y + 3).clamp(0, 6) / 6,
+    "sigmoid": torch.sigmoid,
+    "gelu": lambda y: 0.5 * y * torch.erfc(-math.sqrt(0.5) * y),
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 MOST_TERMS = 2**31 // (255 * 128)  # of a sum of products of codes that surely fits int32
 
@@ -219,8 +227,8 @@ def packed_conv2d_int8(
     """`packed_conv2d` on integer activations: the sums are exact int32.
 
     y = activation(sum * (scale * x_scale) + bias + residual * residual_scale), each operation rounded to float32 in
-    this order, then, with `out_scale`, the codes round(clamp(y / out_scale)). Every backend gives the same bits (SiLU:
-    within its rounding).
+    this order, then, with `out_scale`, the codes round(clamp(y / out_scale)). Every backend gives the same bits; SiLU,
+    sigmoid and GELU, which take an exponential, up to a few roundings.
 
     Args:
         x: int8 or uint8 codes [M * N, C_in, H, W], or [N, C_in, H, W] with `shared`; 0 stands for 0.

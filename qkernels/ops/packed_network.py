@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checks import KERNEL_DTYPES
 from .library import call, register_fake
+from .packed_conv2d import ACTIVATIONS
 from .transforms import unrecorded
 
 ops = torch.ops.qkernels
@@ -27,7 +28,7 @@ FIELDS = (
     *("packed", "scale", "bias", "x_scale", "residual_scale", "out_scale"),
 )
 KINDS = ("quantize", "convolve", "max_pool", "mean", "gate", "norm", "attend")
-ACTIVATION_NUMBERS = ("none", "relu", "relu6", "silu")
+ACTIVATION_NUMBERS = tuple(ACTIVATIONS)
 # As the C++ numbers them.
 DTYPES = {torch.uint8: 0, torch.int8: 1, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 

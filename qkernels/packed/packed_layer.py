@@ -224,7 +224,7 @@ class PackedLayer(LayerKind):
         y = self._launch(x, None, geometry, "none", None)
         if self.residual_scale is not None:
             residual = dequantize_members(residual, self.residual_scale, y.dtype)
-        y = ACTIVATIONS[self.activation](y + residual)
+        y = ACTIVATIONS[self.activation]((y + residual).float()).to(y.dtype)
         return y if self.output_scale is None else quantize_members(y, self.output_scale, self.output_range)
 
     def _launch(

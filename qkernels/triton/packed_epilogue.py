@@ -47,14 +47,45 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
+def _sixth(v):
+    return tl.div_rn(v, tl.full(v.shape, 6.0, tl.float32))
+
+
+@triton.jit
+def _gelu(v):
+    a = tl.minimum(tl.abs(v), 13.0, propagate_nan=tl.PropagateNan.ALL)
+    p = 0.00399434753 * a + 0.0398087464
+    p = p * a + 0.180783898
+    p = p * a + 0.434976071
+    p = p * a + 0.5
+    q = 0.0100121945 * a + 0.099793382
+    q = q * a + 0.463000506
+    q = q * a + 1.19230521
+    q = q * a + 1.66783702
+    q = q * a + 1.0
+    beyond = tl.div_rn(a * tl.exp(-0.5 * (a * a)) * p, q)
+    return tl.where(v < -13.0, v * 0.0, tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL) - beyond)
+
+
+@triton.jit
 def activated(v, ACTIVATION: tl.constexpr):
-    """NaN passes, as it does in PyTorch."""
+    """What csrc/activation.h computes, with Triton's own exponential. NaN passes, as it does in PyTorch."""
     if ACTIVATION == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
         v = tl.clamp(v, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
         v = tl.div_rn(v, 1.0 + tl.exp(-v))
+    elif ACTIVATION == "hardswish":
+        v = _sixth(v * tl.clamp(v + 3.0, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL))
+    elif ACTIVATION == "hardsigmoid":
+        v = _sixth(tl.clamp(v + 3.0, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL))
+    elif ACTIVATION == "sigmoid":
+        v = tl.div_rn(tl.full(v.shape, 1.0, tl.float32), 1.0 + tl.exp(-v))
+    elif ACTIVATION == "gelu":
+        v = _gelu(v)
+    elif ACTIVATION == "gelu_tanh":
+        v = tl.div_rn(v, 1.0 + tl.exp(-1.59576912 * (v + 0.044715 * (v * v * v))))
     else:
         tl.static_assert(ACTIVATION == "none")
     return v

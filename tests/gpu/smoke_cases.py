@@ -14,14 +14,13 @@ from torch import Tensor
 
 import oracle
 import packed_oracle
-from packed_oracle import FLOAT32_UNIT, Window
+from packed_oracle import ACTIVATIONS, EXACT, FLOAT32_UNIT, Window
 from qkernels.ops.geometry import Geometry
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "every other", "unaligned")
 PLAIN_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "channels_last")  # of any number of dimensions
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
 SHAPE = (6, 24, 5, 7)
 QMIN, QMAX, FACTOR = -8, 7, 0.3
 SUMS = 1.1e-6  # of the sum of |terms|: what short chains of float32 additions keep to
@@ -292,8 +291,7 @@ def float_result(layer: Layer, x: Tensor, residual: Tensor | None, shared: bool,
     positive = [None if t is None else np.abs(t) for t in rest]
     magnitude = packed_oracle.epilogue(layer.sums(np.abs(x64), np.abs(layer.codes), shared), *positive, "none")
     bound = FLOAT32_UNIT * (layer.codes[0, 0].size + 4) * magnitude
-    if activation == "silu":  # stretches differences by at most 1.1, and rounds a few times itself
-        bound = 1.1 * bound + 16 * FLOAT32_UNIT * np.abs(exact)
+    bound = packed_oracle.STRETCH.get(activation, 1) * bound + packed_oracle.activation_slack(exact, activation)
     unit = torch.finfo(x.dtype).eps / 2 if x.dtype != torch.float32 else 0
     bound = bound + unit * (np.abs(exact) + bound) + 2.0**-24  # denormals of float16
     return Expected(torch.from_numpy(exact).flatten(0, 1), x.dtype, torch.from_numpy(bound).flatten(0, 1))
@@ -403,7 +401,7 @@ PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             layout=("channels_last", "contiguous", "every other", "unaligned"),
             convolution=CONVOLUTIONS,
             bits=(7, 8, 2, 5, 4, 6, 3),
-            activation=("relu", "none", "relu6"),  # SiLU is not the same bits everywhere
+            activation=EXACT,
             shared=(False, True, True),
             residual_dtype=(torch.uint8, None, torch.float32, torch.int8, torch.bfloat16),
         ),

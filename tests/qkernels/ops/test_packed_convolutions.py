@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import packed_oracle as oracle
 from backend_under_test import DTYPES
 from packed_cases import (
-    ACTIVATIONS,
     BITS,
     INTEGERS,
     ISAS,
@@ -35,7 +34,7 @@ from packed_cases import (
     make_layer,
     rounded,
 )
-from packed_oracle import FLOAT32_UNIT
+from packed_oracle import ACTIVATIONS, FLOAT32_UNIT, INEXACT
 from qkernels.ops import library
 from qkernels.ops.geometry import Geometry
 
@@ -54,13 +53,12 @@ def unit(dtype: torch.dtype) -> float:
 def assert_within_float32(actual, dtype, exact, magnitude, terms, activation):
     """|actual - exact| is at most what rounding every product, sum and store can add up to.
 
-    magnitude: the sum of |terms| behind each element. SiLU stretches differences by at most 1.1 and has its own few
-    roundings.
+    magnitude: the sum of |terms| behind each element. Activations stretch differences and have their own few roundings.
     """
     assert actual.dtype == dtype and tuple(actual.shape) == exact.shape
     bound = FLOAT32_UNIT * (terms + 4) * magnitude
-    if activation == "silu":
-        bound = 1.1 * bound + 16 * FLOAT32_UNIT * np.abs(exact)
+    if activation not in ("none", "relu", "relu6"):
+        bound = oracle.STRETCH.get(activation, 1) * bound + oracle.activation_slack(exact, activation)
     bound = bound + (np.abs(exact) + bound) * (unit(dtype) if dtype != torch.float32 else 0) + 1e-30
     if dtype == torch.float16:
         bound = bound + 2.0**-24  # denormals
@@ -188,8 +186,9 @@ def check_int8(layer: Layer, rng, codes: Codes) -> torch.Tensor:
     bias = None if layer.bias is None else array(layer.bias)
     multiplier = array(layer.scale) * member_scales[0][:, None]
     expected = oracle.epilogue(sums, multiplier, bias, addend, layer.activation)
-    if layer.activation == "silu":
-        assert_silu(y, expected, member_scales[2] if integers_out else None, codes)
+    if layer.activation in INEXACT:
+        slack = oracle.activation_slack(expected, layer.activation)
+        assert_near(y, expected, slack, member_scales[2] if integers_out else None, codes)
     elif integers_out:
         expected = oracle.quantize(expected, member_scales[2], *codes.code_range, 0)
         assert_equal(y, expected.reshape(layer.out_shape), codes.out_dtype)
@@ -198,11 +197,12 @@ def check_int8(layer: Layer, rng, codes: Codes) -> torch.Tensor:
     return y
 
 
-def assert_silu(y: torch.Tensor, expected: np.ndarray, out_scale: np.ndarray | None, codes: Codes) -> None:
+def assert_near(
+    y: torch.Tensor, expected: np.ndarray, slack: np.ndarray, out_scale: np.ndarray | None, codes: Codes
+) -> None:
     """A few roundings apart: codes may differ by one where the value lies as close as that to a tie."""
     assert y.dtype == codes.out_dtype and y.shape[0] == expected.shape[0] * expected.shape[1]
     actual = array(y).reshape(expected.shape)
-    slack = 16 * FLOAT32_UNIT * np.abs(expected) + 1e-37
     if out_scale is None:
         store = unit(codes.out_dtype) if codes.out_dtype != torch.float32 else 0
         assert np.all(np.abs(actual - expected.astype(np.float64)) <= slack + 1.01 * store * np.abs(expected) + 6e-8)
@@ -345,18 +345,6 @@ def test_nan_and_infinity_follow_the_contract():
     np.testing.assert_array_equal(conv(None, (0, 255), torch.float32), [[np.nan, 1], [np.inf, 0], [1, 2]])
     np.testing.assert_array_equal(conv(out_scale, (0, 100), torch.uint8), [[0, 2], [100, 0], [0, 0]])
     np.testing.assert_array_equal(conv(out_scale, (3, 100), torch.int8), [[3, 3], [100, 3], [3, 3]])
-
-
-def test_silu_of_infinity():
-    """As PyTorch has it."""
-    layer = make_layer(np.random.default_rng(0), 4, 1, 1, (1, 1, 1), 1, Geometry(), True, "silu", False)
-    layer = layer._replace(
-        packed=laid_out(oracle.pack(np.array([1]), 4)[None]), scale=laid_out(np.ones((1, 1), np.float32))
-    )
-    x = torch.tensor([-math.inf, math.inf, math.nan, -1000.0, 0.0])
-    end = (4, *layer.geometry.arguments, True, "silu")
-    y = backend.packed_conv2d(laid_out(x[:, None, None, None]), layer.packed, layer.scale, None, None, *end)
-    np.testing.assert_allclose(array(y)[:, 0, 0, 0], torch.nn.functional.silu(x), atol=1e-30)
 
 
 def test_every_element_is_written(tiles, poisoned_empty):

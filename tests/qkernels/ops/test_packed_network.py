@@ -97,7 +97,7 @@ def assert_same(y, expected):
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("most", [9, 70])
 def test_bits_of_the_single_ops(number, most):
-    """Of codes and of floats, SiLU included."""
+    """Of codes and of floats, exponentials included."""
     network = random_network(number, most=most)
     arguments = network.arguments()
     assert_same(backend.packed_network(*arguments), by_single_ops(network, arguments))
@@ -105,7 +105,7 @@ def test_bits_of_the_single_ops(number, most):
 
 @pytest.mark.parametrize("number", range(100, 120))
 def test_bits_of_the_reference(number):
-    """Of codes, without SiLU: what all backends compute alike."""
+    """Of codes, without an exponential: what all backends compute alike."""
     arguments = random_network(number, exact=True).arguments()
     assert_same(backend.packed_network(*arguments), backends.reference.packed_network(*arguments))
 

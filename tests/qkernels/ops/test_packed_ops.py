@@ -56,7 +56,11 @@ def test_mistakes_are_named(call, error, message):
         ({"geometry": Geometry((3, 3), stride=(0, 1))}, ValueError, "must be positive"),
         ({"geometry": Geometry((3, 3), padding=(-1, 0, 0, 0))}, ValueError, "padding not negative"),
         ({"geometry": Geometry((3, 3), groups=3)}, ValueError, "do not divide by groups=3"),
-        ({"activation": "gelu"}, ValueError, "activation must be one of none, relu, relu6, silu"),
+        (
+            {"activation": "mish"},
+            ValueError,
+            "activation must be one of none, relu, relu6, silu, hardswish, .*gelu_tanh",
+        ),
         ({"residual": X}, ValueError, r"residual must have the output's shape \(4, 6, 6, 6\)"),
         ({"residual": torch.zeros(4, 6, 6, 6).half()}, TypeError, "residual must have x's dtype"),
         ({"scale": SCALE.to("meta")}, ValueError, "scale is on meta|must"),
