@@ -125,7 +125,7 @@ REFUSED = {
     "gemv(torch.ones(1, 4, dtype=u8))": "x must be float32",
     "gemv(torch.ones(4))": r"x must be \[rows, in\]",
     "gemv(torch.ones(1, 0))": "x must have channels",
-    "gemv(activation='gelu')": "activation must be",
+    "gemv(activation='mish')": "activation must be",
 }
 
 

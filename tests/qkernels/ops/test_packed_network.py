@@ -259,7 +259,7 @@ MISTAKES = [  # the row, its numbers, and the message
     (1, {"pad_top": -1}, "row 1 has a size that is too small"),
     (1, {"pad_right": 0}, "row 1 has windows that reach behind the image"),
     (1, {"dilation_w": 2}, "row 1 has windows that reach behind the image"),
-    (1, {"activation": 4}, "row 1 has an unknown activation"),
+    (1, {"activation": len(op.ACTIVATION_NUMBERS)}, "row 1 has an unknown activation"),
     (1, {"activation": -1}, "row 1 has an unknown activation"),
     (1, {"dtype": 15}, "row 1 has an? .*codes"),
     (2, {"bits": 8}, "row 2 takes more weights than there are"),

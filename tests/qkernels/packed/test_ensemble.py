@@ -71,8 +71,8 @@ class Small(nn.Module):
     [
         ("resnet18", 32, (20, 8, 17)),
         ("tf_efficientnet_lite0", 32, (49, 9, 33)),
-        ("convnext_atto", 32, (0, 0, 0)),
-        ("mobilenetv3_small_100", 32, (34, 6, 14)),
+        ("convnext_atto", 32, (0, 12, 12)),
+        ("mobilenetv3_small_100", 32, (34, 6, 42)),
     ],
 )
 def test_timm_models(name, size, in_other_layers):
