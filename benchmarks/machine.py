@@ -19,7 +19,7 @@ def cpu_name() -> str:
 
 
 INSTRUCTIONS = {  # the best first, and the flags of a CPU that has them
-    "AMX": {"amx_tile", "amx_int8"},
+    "AMX": {"amx_tile", "amx_int8", "amx_bf16"},
     "AVX-512 VNNI": {"avx512_vnni"},
     "AVX-512": {"avx512f"},
     "AVX2": {"avx2"},

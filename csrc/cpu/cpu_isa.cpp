@@ -14,7 +14,7 @@ bool may_use_amx() {
   // Tiles are 8 KiB of state that Linux saves for those only who have asked: arch_prctl(ARCH_REQ_XCOMP_PERM).
   constexpr long request = 0x1023, tile_data = 18;
   static const bool may = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-      syscall(SYS_arch_prctl, request, tile_data) == 0;
+      __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, request, tile_data) == 0;
   return may;
 #else
   return false;

@@ -3,6 +3,7 @@
 
 #include "packed_epilogue.h"
 #include "stages.h"
+#include "vectorized.h"
 
 #include "../tensor_layout.h"
 
@@ -56,8 +57,8 @@ class Memory {
   virtual void* take(int64_t bytes) = 0;
 };
 
-// The input as [images, height, width, channels]: uint8 codes, raised by `raised_by` if they are signed, or float32.
-// Strides are in elements.
+// The input as [images, height, width, channels]: uint8 codes, raised by `raised_by` if they are signed, or float32,
+// or bfloat16. Strides are in elements.
 template <class X>
 struct Image {
   const X *data, *end;
@@ -75,6 +76,8 @@ struct Image {
 Image<uint8_t> image_of_codes(
     const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
 Image<float> image_of_floats(
+    const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
+Image<BFloat16> image_of_bfloat16s(
     const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages);
 
 // Adds the stages that compute e.out of x.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu_isa.h"
+#include "vectorized.h"
 
 #include <cstdint>
 
@@ -34,7 +35,7 @@ QK_AVX512 inline void transpose_dwords(const __m512i rows[16], __m512i columns[1
   }
 }
 
-// Both read up to 63 bytes behind the last row.
+// All read up to 63 bytes behind the last row.
 
 // Panel rows [steps][16 * vectors][4] of int8.
 QK_AVX512 inline void fill_codes_avx512(
@@ -59,6 +60,27 @@ QK_AVX512 inline void fill_floats_avx512(
     for (int64_t i = 0; i < count; ++i) {
       const __m512i byte_on_top = _mm512_sll_epi32(fours[i / 4], _mm_cvtsi32_si128(static_cast<int>(24 - 8 * (i % 4))));
       _mm512_store_ps(lanes + (begin + i) * vectors * 16, _mm512_cvtepi32_ps(_mm512_srai_epi32(byte_on_top, 24)));
+    }
+  }
+}
+
+// Panel rows [steps][16 * vectors][2] of bfloat16, the upper halves of float32, which hold all of a code.
+QK_AVX512 inline void fill_bfloat16s_avx512(
+    const int8_t* rows, int64_t stride, int64_t steps, int64_t vectors, BFloat16* lanes) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int64_t begin = 0; begin < steps; begin += 32) {
+    __m512i codes[16], fours[16];
+    for (int c = 0; c < 16; ++c) codes[c] = _mm512_loadu_si512(rows + c * stride + 2 * begin);
+    transpose_dwords(codes, fours);
+    const int64_t count = steps - begin < 32 ? steps - begin : 32;
+    for (int64_t i = 0; i < count; ++i) {
+      const __m512i second_on_top = _mm512_sll_epi32(fours[i / 2], _mm_cvtsi32_si128(i % 2 == 0 ? 16 : 0));
+      const __m512i first_on_top = _mm512_slli_epi32(second_on_top, 8);
+      const __m512i first = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(first_on_top, 24)));
+      const __m512i second = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(second_on_top, 24)));
+      _mm512_store_si512(
+          lanes + (begin + i) * vectors * 32,
+          _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_and_si512(second, upper)));
     }
   }
 }

@@ -189,9 +189,9 @@ CodesGemm gemm_of(Isa isa, int bits, int64_t channels) {
 
 Stage convolution_of(const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
 #if defined(__x86_64__)
-  if (e.isa == Isa::amx) return convolution(AmxGemm<AmxTiles>{&fill_codes_avx512}, image, sizes, weights, e);
+  if (e.isa == Isa::amx) return convolution(AmxGemm<AmxTiles<AmxCodes>>{&fill_codes_avx512}, image, sizes, weights, e);
 #endif
-  if (e.isa == Isa::emulated_amx) return convolution(AmxGemm<EmulatedTiles>{&fill}, image, sizes, weights, e);
+  if (e.isa == Isa::emulated_amx) return convolution(AmxGemm<EmulatedTiles<AmxCodes>>{&fill}, image, sizes, weights, e);
   return convolution(gemm_of(e.isa, weights.bits, image.group), image, sizes, weights, e);
 }
 

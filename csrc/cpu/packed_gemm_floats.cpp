@@ -1,10 +1,13 @@
 // Microkernels of the convolution with float activations: float32 input times codes, widened to float32 in the panel.
 //
 // AVX-512 multiplies and adds 16 pairs an instruction, AVX2 8; tiles are those of the integer kernels.
+//
+// AMX multiplies bfloat16 input by codes as bfloat16: see packed_tile_amx.h.
 
 #include "packed_fill_avx2.h"
 #include "packed_fill_avx512.h"
 #include "packed_gemm_floats.h"
+#include "packed_tile_amx.h"
 #include "packed_tile_avx2.h"
 #include "vectorized.h"
 
@@ -16,6 +19,12 @@ using Arguments = FloatGemm::Arguments;
 QK_VECTORIZED void fill(const int8_t* rows, int64_t stride, int64_t steps, int64_t vectors, float* lanes) {
   for (int64_t step = 0; step < steps; ++step, lanes += vectors * kLanes)
     for (int64_t c = 0; c < kLanes; ++c) lanes[c] = rows[c * stride + step];
+}
+
+void fill_pairs(const int8_t* rows, int64_t stride, int64_t steps, int64_t vectors, BFloat16* lanes) {
+  for (int64_t step = 0; step < steps; ++step, lanes += vectors * kLanes * 2)
+    for (int64_t c = 0; c < kLanes; ++c)
+      for (int64_t k = 0; k < 2; ++k) store(lanes + 2 * c + k, rows[c * stride + 2 * step + k]);
 }
 
 template <int R, int V>
@@ -95,9 +104,27 @@ FloatGemm float_gemm(Isa isa) {
   }
 }
 
+namespace {
+
+Stage convolution_of(
+    const Image<BFloat16>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
+#if defined(__x86_64__)
+  if (e.isa == Isa::amx)
+    return convolution(AmxGemm<AmxTiles<AmxBFloat16s>>{&fill_bfloat16s_avx512}, image, sizes, weights, e);
+#endif
+  return convolution(AmxGemm<EmulatedTiles<AmxBFloat16s>>{&fill_pairs}, image, sizes, weights, e);
+}
+
+}  // namespace
+
 void convolve_floats(
     const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
     std::vector<Stage>& stages) {
+  if (x.dtype == ScalarType::BFloat16 && (e.isa == Isa::amx || e.isa == Isa::emulated_amx)) {
+    const int64_t step = AmxBFloat16s::channel_step(sizes.depth());
+    const Image<BFloat16> image = image_of_bfloat16s(x, sizes, step, memory, stages);
+    return stages.push_back(convolution_of(image, sizes, weights, e));
+  }
   stages.push_back(convolution(float_gemm(e.isa), image_of_floats(x, sizes, 1, memory, stages), sizes, weights, e));
 }
 

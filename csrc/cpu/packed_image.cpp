@@ -11,16 +11,19 @@ namespace {
 
 constexpr int64_t kBytesOfWork = 16;  // that are copied while an instruction multiplies
 
-QK_ALWAYS_INLINE uint8_t convert(uint8_t code) { return code; }
-QK_ALWAYS_INLINE uint8_t convert(int8_t code) { return static_cast<uint8_t>(code) ^ 0x80; }  // + 128
-template <class T>
-QK_ALWAYS_INLINE float convert(T v) {
-  return load(v);
+template <class To, class From>
+QK_ALWAYS_INLINE To convert(From v) {
+  if constexpr (std::is_same_v<From, To>)
+    return v;
+  else if constexpr (std::is_same_v<From, int8_t>)
+    return static_cast<uint8_t>(v) ^ 0x80;  // + 128
+  else
+    return load(v);
 }
 
 template <class From, class To>
 QK_VECTORIZED void convert_row(const From* from, int64_t n, To* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = convert(from[i]);
+  for (int64_t i = 0; i < n; ++i) to[i] = convert<To>(from[i]);
 }
 
 // How a pixel's channels are stored: `groups` runs of `depth`, each filled up to `stored`, or each repeated.
@@ -36,8 +39,8 @@ template <class From, class To>
 void convert_pixel(const From* from, const Channels& channels, To zero, To* to) {
   for (int64_t g = 0; g < channels.groups; ++g)
     for (int64_t c = 0; c < channels.stored; ++c)
-      to[g * channels.stored + c] = channels.repeated    ? convert(from[g])
-                                    : c < channels.depth ? convert(from[g * channels.depth + c])
+      to[g * channels.stored + c] = channels.repeated    ? convert<To>(from[g])
+                                    : c < channels.depth ? convert<To>(from[g * channels.depth + c])
                                                          : zero;
 }
 
@@ -45,7 +48,7 @@ void convert_pixel(const From* from, const Channels& channels, To zero, To* to) 
 template <class From, class To>
 QK_VECTORIZED void convert_colors(const From* from, int64_t n, To zero, To* to) {
   for (int64_t j = 0; j < n; ++j) {
-    for (int64_t c = 0; c < 3; ++c) to[4 * j + c] = convert(from[3 * j + c]);
+    for (int64_t c = 0; c < 3; ++c) to[4 * j + c] = convert<To>(from[3 * j + c]);
     to[4 * j + 3] = zero;
   }
 }
@@ -145,6 +148,11 @@ Image<float> image_of_floats(
   return with_type(x.dtype, [&]<class X>(Type<X>) {
     return image_of<X, float>(x, sizes, step, 0.0f, memory, stages);
   });
+}
+
+Image<BFloat16> image_of_bfloat16s(
+    const Pixels& x, const Sizes& sizes, int64_t step, Memory& memory, std::vector<Stage>& stages) {
+  return image_of<BFloat16, BFloat16>(x, sizes, step, BFloat16{0}, memory, stages);
 }
 
 }  // namespace qkernels

@@ -1,4 +1,5 @@
-// Tiles of AMX: 16 pixels by 64 codes of depth, times 64 codes by 16 channels, in one instruction of 16 cycles.
+// Tiles of AMX: 16 pixels by 64 bytes of depth, times 64 bytes by 16 channels, in one instruction of 16 cycles. The bytes
+// are 64 codes or 32 bfloat16, four bytes a step.
 //
 // A tile of 32 pixels by 64 channels is computed in two halves of 32 channels, four tiles of sums each, which take two
 // tiles of inputs and two of weights a step: as many loads as products. The instruction is 16 times as fast as a vector
@@ -11,9 +12,10 @@
 #pragma once
 
 #include "packed_gemm.h"
+#include "vectorized.h"
 
 #include <cstring>
-#include <optional>
+#include <type_traits>
 
 namespace qkernels {
 
@@ -36,8 +38,43 @@ struct alignas(64) AmxConfiguration {
   uint8_t rows[16] = {};
 };
 
+// What tiles are of: codes, whose sums are exact.
+struct AmxCodes {
+  using X = uint8_t;
+  using Weight = int8_t;
+  using Sum = int32_t;
+  static constexpr int64_t kStep = kStepBytes / sizeof(X);
+
+  // Into how many tiles a run is cut: as few as there can be. What the last reads behind the run meets zeros.
+  static int64_t run_tiles(int64_t steps) { return (steps + kTileSteps - 1) / kTileSteps; }
+};
+
+// Or bfloat16, with sums in float32. Codes of up to 8 bits are bfloat16 as they are, and so are their products with one
+// exact in float32. The instruction takes denormals for zeros.
+struct AmxBFloat16s {
+  using X = BFloat16;
+  using Weight = BFloat16;
+  using Sum = float;
+  static constexpr int64_t kStep = kStepBytes / sizeof(X);
+
+  // A zero does not undo what lies behind a run, which may be infinite: tiles end where the run does.
+  static int64_t run_tiles(int64_t steps) {
+    int64_t tiles = (steps + kTileSteps - 1) / kTileSteps;
+    while (steps % tiles != 0) ++tiles;
+    return tiles;
+  }
+  // Of how many channels a group's must be a multiple so that its tiles are at least half as deep as they may be: of
+  // pairs, or of all that a tile holds.
+  static int64_t channel_step(int64_t channels) {
+    const int64_t steps = (channels + kStep - 1) / kStep;
+    return steps / run_tiles(steps) >= std::min(steps, kTileSteps / 2) ? kStep : kTileSteps * kStep;
+  }
+};
+
 // The same in plain loops, for tests where the instructions are not to be had.
+template <class Element_>
 struct EmulatedTiles {
+  using Element = Element_;
   struct Tile {
     int64_t rows, row_bytes;
     alignas(64) uint8_t bytes[kTileRows][kRowBytes];
@@ -63,18 +100,34 @@ struct EmulatedTiles {
   static void multiply_add() {
     for (int64_t r = 0; r < kTileRows; ++r)
       for (int64_t c = 0; c < kTileRows; ++c) {
-        int32_t sum;
-        std::memcpy(&sum, tiles[Sums].bytes[r] + 4 * c, 4);
-        for (int64_t k = 0; k < tiles[Inputs].row_bytes; ++k)
-          sum += tiles[Inputs].bytes[r][k] * static_cast<int8_t>(tiles[Weights].bytes[k / 4][4 * c + k % 4]);
+        auto sum = element<typename Element::Sum>(tiles[Sums].bytes[r] + 4 * c);
+        for (int64_t byte = 0; byte < tiles[Inputs].row_bytes; byte += sizeof(X)) {
+          const uint8_t* weight = tiles[Weights].bytes[byte / kStepBytes] + kStepBytes * c + byte % kStepBytes;
+          sum += value(element<X>(tiles[Inputs].bytes[r] + byte)) * value(element<typename Element::Weight>(weight));
+        }
         std::memcpy(tiles[Sums].bytes[r] + 4 * c, &sum, 4);
       }
   }
+
+ private:
+  using X = typename Element::X;
+
+  template <class T>
+  static T element(const uint8_t* from) {
+    T result;
+    std::memcpy(&result, from, sizeof result);
+    return result;
+  }
+  static int32_t value(int32_t code) { return code; }
+  static float value(BFloat16 v) { return qkernels::load(v); }
 };
 
 #if defined(__x86_64__)
 // In assembly, since the intrinsics of GCC 12 are macros that want the tiles' numbers as digits.
+template <class Element_>
 struct AmxTiles {
+  using Element = Element_;
+
   static void enter(int64_t steps) {
     const AmxConfiguration configuration(steps);
     asm volatile("ldtilecfg %0" : : "m"(configuration));
@@ -90,67 +143,75 @@ struct AmxTiles {
   }
   template <int Sums, int Inputs, int Weights>
   static void multiply_add() {
-    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
+    if constexpr (std::is_same_v<Element, AmxCodes>)
+      asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
+    else
+      asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
   }
 };
 #endif
 
 // Up to 16 windows, those of a tile of inputs.
+template <class X>
 struct AmxRows {
-  const uint8_t* first;
+  const X* first;
   int64_t apart;        // bytes
-  const int64_t* runs;  // offsets of the runs of a window
+  const int64_t* runs;  // offsets of the runs of a window, in elements
 };
 
 // What one or two tiles of inputs are multiplied with.
+template <class Element>
 struct AmxArguments {
-  AmxRows rows[2];
+  AmxRows<typename Element::X> rows[2];
   int64_t run_count, run_tiles, tile_steps;
-  const int8_t* panel;
+  const typename Element::Weight* panel;
   int64_t vectors;  // of the panel
-  const int32_t* start;
-  int32_t* sums;  // [32, kBlockChannels]
+  const typename Element::Sum* start;
+  typename Element::Sum* sums;  // [32, kBlockChannels]
 };
 
 template <class Tiles>
 struct AmxKernel {
+  using Element = typename Tiles::Element;
+
   // 16 or 32 pixels by 16 or 32 channels from vector v of the panel on.
   template <bool TwoRows, bool TwoColumns>
-  static void run_part(const AmxArguments& a, int64_t v) {
-    const int64_t step = a.vectors * kRowBytes, tile_bytes = a.tile_steps * kStepBytes;
-    const int32_t* start = a.start + v * kLanes;
+  static void run_part(const AmxArguments<Element>& a, int64_t v) {
+    constexpr int64_t columns = kLanes * Element::kStep;  // elements of a tile's row of weights
+    const int64_t step = a.vectors * kRowBytes, tile = a.tile_steps * Element::kStep;
+    const auto* start = a.start + v * kLanes;
     Tiles::template load<sums00>(start, 0);
     if constexpr (TwoColumns) Tiles::template load<sums01>(start + kLanes, 0);
     if constexpr (TwoRows) Tiles::template load<sums10>(start, 0);
     if constexpr (TwoRows && TwoColumns) Tiles::template load<sums11>(start + kLanes, 0);
-    const int8_t* panel = a.panel + v * kRowBytes;
+    const auto* panel = a.panel + v * columns;
     for (int64_t run = 0; run < a.run_count; ++run) {
-      const uint8_t* x = a.rows[0].first + a.rows[0].runs[run];
-      const uint8_t* below = TwoRows ? a.rows[1].first + a.rows[1].runs[run] : nullptr;
-      for (int64_t tile = 0; tile < a.run_tiles; ++tile, panel += a.tile_steps * step) {
+      const auto* x = a.rows[0].first + a.rows[0].runs[run];
+      const auto* below = TwoRows ? a.rows[1].first + a.rows[1].runs[run] : nullptr;
+      for (int64_t i = 0; i < a.run_tiles; ++i, panel += a.tile_steps * a.vectors * columns) {
         Tiles::template load<weights0>(panel, step);
-        Tiles::template load<inputs0>(x + tile * tile_bytes, a.rows[0].apart);
+        Tiles::template load<inputs0>(x + i * tile, a.rows[0].apart);
         Tiles::template multiply_add<sums00, inputs0, weights0>();
         if constexpr (TwoColumns) {
-          Tiles::template load<weights1>(panel + kRowBytes, step);
+          Tiles::template load<weights1>(panel + columns, step);
           Tiles::template multiply_add<sums01, inputs0, weights1>();
         }
         if constexpr (TwoRows) {
-          Tiles::template load<inputs1>(below + tile * tile_bytes, a.rows[1].apart);
+          Tiles::template load<inputs1>(below + i * tile, a.rows[1].apart);
           Tiles::template multiply_add<sums10, inputs1, weights0>();
         }
         if constexpr (TwoRows && TwoColumns) Tiles::template multiply_add<sums11, inputs1, weights1>();
       }
     }
-    int32_t* sums = a.sums + v * kLanes;
-    constexpr int64_t row = kBlockChannels * sizeof(int32_t), below = kTileRows * kBlockChannels;
+    auto* sums = a.sums + v * kLanes;
+    constexpr int64_t row = kBlockChannels * sizeof(*sums), half = kTileRows * kBlockChannels;
     Tiles::template store<sums00>(sums, row);
     if constexpr (TwoColumns) Tiles::template store<sums01>(sums + kLanes, row);
-    if constexpr (TwoRows) Tiles::template store<sums10>(sums + below, row);
-    if constexpr (TwoRows && TwoColumns) Tiles::template store<sums11>(sums + below + kLanes, row);
+    if constexpr (TwoRows) Tiles::template store<sums10>(sums + half, row);
+    if constexpr (TwoRows && TwoColumns) Tiles::template store<sums11>(sums + half + kLanes, row);
   }
   template <bool TwoRows>
-  static void run(const AmxArguments& a) {
+  static void run(const AmxArguments<Element>& a) {
     int64_t v = 0;
     for (; v + 2 <= a.vectors; v += 2) run_part<TwoRows, true>(a, v);
     if (v < a.vectors) run_part<TwoRows, false>(a, v);
@@ -162,7 +223,8 @@ struct TiledRows {
   int64_t images, rows, columns, pitch;
   int64_t tiles_an_image;
 
-  TiledRows(const Image<uint8_t>& image, const Sizes& s)
+  template <class X>
+  TiledRows(const Image<X>& image, const Sizes& s)
       : images(s.images), rows(s.out_height), columns(s.out_width),
         pitch((columns + kTileRows - 1) / kTileRows * kTileRows) {
     if (image.image == rows * image.window_down) rows *= images, images = 1;
@@ -178,22 +240,20 @@ struct TiledRows {
 
 template <class Tiles>
 struct AmxGemm {
-  using X = uint8_t;
-  using Weight = int8_t;
-  using Sum = int32_t;
+  using Element = typename Tiles::Element;
+  using X = typename Element::X;
+  using Weight = typename Element::Weight;
+  using Sum = typename Element::Sum;
   using Job = TileJob<AmxGemm>;
-  static constexpr int64_t kStep = kStepBytes;
+  static constexpr int64_t kStep = Element::kStep;
 
-  Gemm<X, Weight, Sum, kStep>::Fill fill;
+  typename Gemm<X, Weight, Sum, kStep>::Fill fill;
 
   int64_t most_vectors() const { return kMostVectors; }
-  // Tiles as deep as they need be for as few of them as there can be.
-  static int64_t run_tiles(const Depth& depth) { return (depth.steps + kTileSteps - 1) / kTileSteps; }
-  static int64_t tile_steps(const Depth& depth) { return (depth.steps + run_tiles(depth) - 1) / run_tiles(depth); }
+  // Tiles are as deep as they need be for as many of them.
+  static int64_t tile_steps(int64_t steps) { return (steps - 1) / Element::run_tiles(steps) + 1; }
   Depth depth(int64_t runs, int64_t steps) const {
-    Depth depth{runs, steps, steps};
-    depth.panel_steps = run_tiles(depth) * tile_steps(depth);
-    return depth;
+    return {runs, steps, Element::run_tiles(steps) * tile_steps(steps)};
   }
   int64_t tiles(const Image<X>& image, const Sizes& s, int64_t) const { return (TiledRows(image, s).tiles() + 1) / 2; }
 
@@ -204,7 +264,9 @@ struct AmxGemm {
     std::vector<int64_t> runs(job.depth.count);  // of a gathered window
     for (int64_t t = 0; t < job.depth.count; ++t) runs[t] = t * job.depth.panel_steps * kStep;
     alignas(64) Sum sums[kTilePixels * kBlockChannels];
-    AmxArguments a{{}, job.depth.count, run_tiles(job.depth), tile_steps(job.depth), nullptr, vectors, nullptr, sums};
+    const int64_t steps = job.depth.steps;
+    AmxArguments<Element> a{
+        {}, job.depth.count, Element::run_tiles(steps), tile_steps(steps), nullptr, vectors, nullptr, sums};
     Tiles::enter(a.tile_steps);
     for (int64_t tile = 2 * first; tile < std::min(2 * last, all.tiles()); tile += 2) {
       const bool two = tile + 1 < all.tiles();
@@ -237,25 +299,26 @@ struct AmxGemm {
   static void prefetch(const Job& job, const TiledRows& all, int64_t tile) {
     if (tile >= all.tiles()) return;
     const X* begin = window_at(job, all, tile, 0) + job.runs.offsets.back();
-    const int64_t bytes = kTilePixels * job.image.window_right + job.depth.steps * kStep;
-    for (int64_t byte = 0; byte < std::min(bytes, kMostPrefetched); byte += kRowBytes) __builtin_prefetch(begin + byte);
+    const int64_t bytes = (kTilePixels * job.image.window_right + job.depth.steps * kStep) * sizeof(X);
+    for (int64_t byte = 0; byte < std::min(bytes, kMostPrefetched); byte += kRowBytes)
+      __builtin_prefetch(reinterpret_cast<const char*>(begin) + byte);
   }
 
-  static AmxRows rows_of(
+  static AmxRows<X> rows_of(
       const Job& job, const TiledRows& all, int64_t tile, X* gathered, const int64_t* gathered_runs, int64_t window) {
     const Image<X>& image = job.image;
     const int64_t begin = tile % all.tiles_an_image * kTileRows;
     const auto at = [&](int64_t i) { return window_at(job, all, tile, i); };
     const X* last = at(0) + (kTileRows - 1) * image.window_right + job.runs.offsets.back();
     if (last + job.depth.panel_steps * kStep <= image.end)
-      return {at(0), image.window_right, job.runs.offsets.data()};
+      return {at(0), image.window_right * int64_t{sizeof(X)}, job.runs.offsets.data()};
     for (int64_t r = 0; r < kTileRows; ++r) {
       const int64_t i = begin + r;
       if (i / all.pitch >= all.rows || i % all.pitch >= all.columns) continue;  // whose sums are dropped
       for (int64_t t = 0; t < job.depth.count; ++t)
         std::copy_n(at(r) + job.runs.offsets[t], job.depth.steps * kStep, gathered + r * window + gathered_runs[t]);
     }
-    return {gathered, window, gathered_runs};
+    return {gathered, window * int64_t{sizeof(X)}, gathered_runs};
   }
 
   // The sums that are outputs, a row of the image at a time.

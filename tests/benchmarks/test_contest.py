@@ -109,6 +109,7 @@ def test_everybody_settles_before_a_turn(contest, recorded, monkeypatch):
     [
         ("avx2 avx512f avx512_vnni amx_bf16 amx_tile amx_int8", "AMX"),
         ("avx2 avx512f avx512_vnni amx_bf16 amx_tile", "AVX-512 VNNI"),
+        ("avx2 avx512f avx512_vnni amx_int8 amx_tile", "AVX-512 VNNI"),
         ("sse2 avx2", "AVX2"),
         ("asimd", None),
     ],

@@ -270,7 +270,8 @@ def test_larger_convolutions(tiles, name, shared):
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 7, 2, 2, shared=shared, activation="relu", **larger(name))
     for _ in itertools.islice(tiles, 1) if name == "depthwise" else tiles:  # which is not cut
-        check_float(layer, rng, torch.float32, "channels_last", with_residual=True)
+        for dtype in (torch.float32, torch.bfloat16):
+            check_float(layer, rng, dtype, "channels_last", with_residual=True)
         check_int8(layer, rng, Codes(torch.uint8, torch.uint8, torch.uint8, layout="channels_last"))
         check_int8(layer, rng, Codes(torch.int8, None, torch.int8, (-128, 127)))
 
@@ -402,10 +403,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
             torch.set_num_threads(n)
             rng = np.random.default_rng(0)
             layer = make_layer(rng, 7, 2, 2, shared=False, **LARGER[name])
-            results.append((check_float(layer, rng, torch.float32, "contiguous"), check_int8(layer, rng, Codes())))
+            floats = [check_float(layer, rng, dtype, "contiguous") for dtype in (torch.float32, torch.bfloat16)]
+            results.append([*floats, check_int8(layer, rng, Codes())])
         torch.set_num_threads(threads)
         for actual in results[1:]:
-            assert torch.equal(actual[0], results[0][0]) and torch.equal(actual[1], results[0][1])
+            assert all(map(torch.equal, actual, results[0]))
 
 
 def test_an_instruction_set_that_cannot_be_had_is_an_error(monkeypatch):
