@@ -42,8 +42,10 @@ def test_smallest_case(run, tmp_path):
     assert results["device"] == "cpu" and {"bandwidth", "float32", "int8"} <= set(results["roofline"])
     assert results["cases"][UNPACK]["text"].startswith("unpack: ")
     (row,) = results["cases"][UNPACK]["rows"]
-    assert set(row["contenders"]) == {"qkernels", "PyTorch ops"} and row["contenders"]["PyTorch ops"]["ratio"][1] > 0
-    assert row["absent"] == {"PyTorch ops, compiled": "slow: only with --full or --slow"}
+    assert row["contenders"]["qkernels"]["ratio"][1] == 1
+    assert row["absent"].pop("PyTorch ops, compiled") == "slow: only with --full or --slow"
+    # Where others keep the machine busy, its one run may have seemed too slow to repeat.
+    assert {*row["contenders"], *row["absent"]} == {"qkernels", "PyTorch ops"}
     assert row["commit"] and row["versions"]["torch"]
 
 
