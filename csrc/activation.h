@@ -59,26 +59,29 @@ QK_INLINE float hardsigmoid(float v) { return divide(clamp(v + 3.0f, 0.0f, 6.0f)
 QK_INLINE float hardswish(float v) { return divide(v * clamp(v + 3.0f, 0.0f, 6.0f), 6.0f); }
 QK_INLINE float silu(float v) { return divide(v, 1.0f + exponential(-v)); }
 
-// v times the normal distribution function: what is positive of v, less |v| times the probability beyond |v|. That
-// probability is exp(-v^2 / 2) times a function that falls slowly, here a quotient of polynomials whose terms are all
-// positive: nothing cancels, and small results are as exact as large ones. Its relative error is at most 5e-9 on [0, 13],
-// by weighted least squares on Chebyshev nodes, with math.erfc; beyond 13 nothing is left.
+// v times the normal distribution function, which is 1/2 + v g(v^2): g is a polynomial on [0, 5.5^2], by weighted least
+// squares on Chebyshev nodes, with math.erf, reweighted until the error was even. Within 8e-7 of the exact value (PyTorch's
+// is within 12e-7). Beyond 5.5 the function is 0 or 1. Multiplications and additions are fused, half as many instructions.
 QK_INLINE float gelu(float v) {
-  const float a = clamp(v < 0.0f ? -v : v, 0.0f, 13.0f);
-  float p = 0.00399434753f;
-  p = p * a + 0.0398087464f;
-  p = p * a + 0.180783898f;
-  p = p * a + 0.434976071f;
-  p = p * a + 0.5f;
-  float q = 0.0100121945f;
-  q = q * a + 0.099793382f;
-  q = q * a + 0.463000506f;
-  q = q * a + 1.19230521f;
-  q = q * a + 1.66783702f;
-  q = q * a + 1.0f;
-  const float beyond = divide(a * exponential(-0.5f * (a * a)) * p, q);
-  const float y = (v < 0.0f ? 0.0f : v) - beyond;
-  return v < -13.0f ? v * 0.0f : y;  // of -infinity NaN, as in PyTorch
+  const float a = clamp(v, -5.5f, 5.5f), s = fused_multiply_add(a * a, 0.0661156997f, -1.0f);  // [0, 5.5^2] as [-1, 1]
+  float g = 0.000428736152f;
+  g = fused_multiply_add(g, s, -0.00127524161f);
+  g = fused_multiply_add(g, s, 0.00134186947f);
+  g = fused_multiply_add(g, s, -0.00149307994f);
+  g = fused_multiply_add(g, s, 0.00388025981f);
+  g = fused_multiply_add(g, s, -0.00739217876f);
+  g = fused_multiply_add(g, s, 0.0106614055f);
+  g = fused_multiply_add(g, s, -0.0148147047f);
+  g = fused_multiply_add(g, s, 0.0202361457f);
+  g = fused_multiply_add(g, s, -0.0260776728f);
+  g = fused_multiply_add(g, s, 0.032088086f);
+  g = fused_multiply_add(g, s, -0.0387908183f);
+  g = fused_multiply_add(g, s, 0.0477367155f);
+  g = fused_multiply_add(g, s, -0.0641723722f);
+  g = fused_multiply_add(g, s, 0.128551945f);
+  float share = clamp(fused_multiply_add(a, g, 0.5f), 0.0f, 1.0f);
+  share = v > -5.5f ? share : v * 0.0f;  // of minus infinity and NaN, NaN
+  return v * (v < 5.5f ? share : 1.0f);
 }
 
 // PyTorch's v / 2 * (1 + tanh(u)), in which 1 + tanh(u) is 2 / (1 + exp(-2 u)).

@@ -50,6 +50,15 @@ QK_INLINE float multiply_add_unfused(float a, float b, float c) {
 #endif
 }
 
+// Rounded once.
+QK_INLINE float fused_multiply_add(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
 QK_INLINE float round_half_even(float v) {
 #ifdef __CUDA_ARCH__
   return rintf(v);
