@@ -41,15 +41,15 @@ QK_INLINE float power_of_two(int n) {
 QK_INLINE float exponential(float x) {
   x = clamp(x, -87.0f, 104.0f);
   const float scaled = round_half_even(x * 1.44269504f), n = scaled == scaled ? scaled : 0.0f;  // r is NaN then
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = fused_multiply_add(n, 2.12194440e-4f, fused_multiply_add(n, -0.693359375f, x));
   float p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = fused_multiply_add(p, r, 1.0f / 720);
+  p = fused_multiply_add(p, r, 1.0f / 120);
+  p = fused_multiply_add(p, r, 1.0f / 24);
+  p = fused_multiply_add(p, r, 1.0f / 6);
+  p = fused_multiply_add(p, r, 0.5f);
+  p = fused_multiply_add(p, r, 1.0f);
+  p = fused_multiply_add(p, r, 1.0f);
   const int power = static_cast<int>(n), half = power >> 1;
   return p * power_of_two(half) * power_of_two(power - half);
 }
