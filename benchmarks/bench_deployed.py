@@ -148,3 +148,6 @@ def enter_packed(contest: Contest, floats: list[nn.Module], images: Tensor) -> N
         integer = copy.deepcopy(ensemble)
         integer.to_integer_([images])
         contest.ours(f"packed, integer, {name}", on(integer, x), expected, INTEGER_ERROR)
+        unpacked = copy.deepcopy(integer).unpack_()
+        contest.ours(f"packed, integer, {name}, weights unpacked", on(unpacked, x), expected, INTEGER_ERROR)
+        contest.facts[f"bytes, {name}"] = f"{integer.nbytes:,} packed, {unpacked.nbytes:,} with unpacked weights"

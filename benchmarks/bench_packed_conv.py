@@ -14,6 +14,7 @@ from qkernels.ops.geometry import Geometry
 from qkernels.ops.packed_conv2d import packed_conv2d, packed_conv2d_int8
 from qkernels.ops.packed_gemv import packed_gemv
 from qkernels.ops.packed_network import Row, packed_network, table
+from qkernels.ops.packed_panels import packed_panels
 from qkernels.ops.packing import dequantize_packed, pack
 
 from . import peers
@@ -170,7 +171,7 @@ def bench_packed_network(contest: Contest, device: str) -> None:
     """Pointwise convolutions one after another, in one call and in one call each
 
     Eight of 64 channels on images of 7x7, five members, codes all the way: as small as the last layers of networks are.
-    Ratios are over the one call. The op is made for CPUs.
+    Ratios are over the one call. The op is made for CPUs; weights may be unpacked before it.
     """
     layers, channels, pixels = 8, 64, 7
     contest.parameters, contest.sets, contest.graphs = f"{layers} layers", 50, False
@@ -182,9 +183,14 @@ def bench_packed_network(contest: Contest, device: str) -> None:
     fields: Any = dict(members=MEMBERS, bits=BITS, packed=0, scale=1, x_scale=2, out_scale=2)
     rows = [Row("convolve", i, i + 1, torch.uint8, shape, **fields) for i in range(layers)]
     constants, steps = [packed.flatten(), scale, by_member], table(rows)
+    panels = packed_panels(packed, channels, channels, BITS, (1, 1), (1, 1), 1)
+    with_panels = table([row._replace(panels=len(constants)) for row in rows])
 
     def at_once(i: int) -> Tensor:
         return packed_network([x], constants, steps, shape, torch.uint8)
+
+    def unpacked(i: int) -> Tensor:
+        return packed_network([x], [*constants, panels], with_panels, shape, torch.uint8)
 
     def one_by_one(i: int) -> Tensor:
         y = x
@@ -197,6 +203,7 @@ def bench_packed_network(contest: Contest, device: str) -> None:
     expected = reference.packed_network([x], constants, steps, list(shape), torch.uint8)
     with torch.no_grad():
         contest.ours("one call", at_once, expected, tolerance=0)
+        contest.ours("one call, weights unpacked", unpacked, expected, tolerance=0)
         contest.ours("a call each", one_by_one, expected, tolerance=0)
         contest.measure(base="one call")
 

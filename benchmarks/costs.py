@@ -56,19 +56,20 @@ def rows_of(steps: Tensor) -> list[dict[str, int]]:
 
 
 def operations_of_rows(inputs: list[Tensor], steps: Tensor) -> int:
-    """Of all rows of packed_network; a maximum is one operation."""
-    channels = [x.shape[1] for x in inputs]
+    """Of all rows of packed_network; a maximum is one operation, a norm eight for each element."""
+    shapes = [tuple(x.shape) for x in inputs]
     total = 0
     for row in rows_of(steps):
         kind, pixels = KINDS[row["kind"]], row["channels"] * row["height"] * row["width"]
         taps = row["kernel_h"] * row["kernel_w"]
+        _, depth, height, width = shapes[row["x"]]
         if kind == "convolve":
-            depth = channels[row["x"]] // row["groups"]
-            total += 2 * row["members"] * row["images_of_member"] * pixels * taps * depth
+            total += 2 * row["members"] * row["images_of_member"] * pixels * taps * depth // row["groups"]
         else:
-            total += row["images"] * pixels * (QUANTIZE if kind == "quantize" else taps)
+            of_result = {"quantize": QUANTIZE, "max_pool": taps, "mean": height * width, "gate": 1, "norm": 8}
+            total += row["images"] * pixels * of_result.get(kind, 4 * row["tokens"])  # of attention, its products
         if row["part"] == 0:
-            channels.append(row["channels"])
+            shapes.append((row["images"], row["channels"], row["height"], row["width"]))
     return total
 
 
@@ -85,6 +86,7 @@ OPERATIONS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {  # from the arg
     "packed_conv2d": lambda a, y: products(a[0], y, Geometry.of(*a[6:11])),
     "packed_conv2d_int8": lambda a, y: products(a[0], y, Geometry.of(*a[9:14])),
     "packed_gemv": lambda a, y: 2 * y.numel() * a[0].shape[1],
+    "packed_panels": lambda a, y: planes(y, a[3]),
     "packed_network": lambda a, y: operations_of_rows(a[0], a[2]),
 }
 

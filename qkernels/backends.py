@@ -32,9 +32,10 @@ STEMS = {  # the file that holds each op in qkernels/ops, qkernels/triton and cs
     "packed_conv2d": "packed_conv2d",
     "packed_conv2d_int8": "packed_conv2d",
     "packed_gemv": "packed_gemv",
+    "packed_panels": "packed_panels",
     "packed_network": "packed_network",
 }
-FOR_CPUS = ("packed_network",)  # neither in C++/CUDA nor in Triton: a GPU has CUDA graphs
+FOR_CPUS = ("packed_panels", "packed_network")  # neither in C++/CUDA nor in Triton: a GPU has CUDA graphs
 # Convolutions run on tensor cores through Triton alone.
 NOT_IN_CUDA = ("packed_conv2d", "packed_conv2d_int8", *FOR_CPUS)
 

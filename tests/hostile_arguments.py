@@ -195,6 +195,14 @@ def packed_gemv(make: Maker) -> list[Any]:
     ]
 
 
+def packed_panels(make: Maker) -> list[Any]:
+    members, bits, groups, depth = make(1, 2), make(2, 4, 7, 8), make(1, 2, 3), make(1, 3, 8, 20)
+    channels, kernel = groups * make(1, 5, 20), [make(1, 3), make(1, 2)]
+    nbytes = packed_bytes(channels * depth * kernel[0] * kernel[1], bits)
+    packed = make.tensor([members, nbytes], torch.uint8)
+    return [packed, channels, depth, bits, kernel, [make(1, 2), make(1, 2)], groups]
+
+
 def packed_network(make: Maker) -> list[Any]:
     """Of what all backends compute alike, or of a single layer."""
     exact = make(True, True, False)
@@ -313,7 +321,7 @@ LEGAL: dict[str, Callable[[Maker], list[Any]]] = {
     for f in (
         *(fake_quantize, fake_quantize_backward, fake_quantize_multi, fake_quantize_multi_backward, mean_abs),
         *(pack, unpack, quantize, dequantize_packed, packed_conv2d, packed_conv2d_int8, packed_gemv),
-        packed_network,
+        *(packed_panels, packed_network),
     )
 }
 

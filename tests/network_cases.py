@@ -9,6 +9,7 @@ from torch import Tensor
 from packed_oracle import ACTIVATIONS, EXACT
 from qkernels.ops.geometry import Geometry
 from qkernels.ops.packed_network import Row, table
+from qkernels.ops.packed_panels import packed_panels
 from qkernels.ops.packing import packed_bytes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,6 +144,8 @@ class Network:
             out_scale=self.constant(self.tensor(each, scales, True)) if dtype in CODES else -1,
         )
         runs = [m for m in range(self.members) if m == 0 or bits[m] != bits[m - 1]]
+        if codes and self.random.random() < 0.3:
+            shared_fields["panels"] = self._panels(shared_fields["packed"], bits, starts, channels, x.shape[1], g)
         for part, (begin, end) in enumerate(zip(runs, [*runs[1:], self.members], strict=True)):
             place = dict(part=part, first=begin * images, members=end - begin, member=begin)
             place |= dict(bits=bits[begin], byte=starts[begin])
@@ -176,6 +179,23 @@ class Network:
         scale = self.constant(torch.tensor([self.random.choice((1.0, 0.125, -0.5))]))
         shape = (x.shape[0], channels, *x.shape[2:])
         return self._one_row("attend", x, shape, heads=heads, tokens=tokens, scale=scale, **starts)
+
+    def _panels(
+        self, packed: int, bits: list[int], starts: list[int], channels: int, in_channels: int, g: Geometry
+    ) -> int:
+        """The weights unpacked: of all members, or what is none of theirs and not taken."""
+        if self.random.random() < 0.2:
+            return self.constant(self.tensor([self.members, self.random.choice((0, 64, 1000))], torch.uint8))
+        depth = in_channels // g.groups
+        count = channels * depth * g.kernel[0] * g.kernel[1]
+        parts = [
+            packed_panels(
+                self.constants[packed][start:][None, : packed_bytes(count, b)],
+                *(channels, depth, b, g.kernel, g.dilation, g.groups),
+            )
+            for b, start in zip(bits, starts, strict=True)
+        ]
+        return self.constant(torch.cat(parts))
 
     def step(self, x: Value) -> Value:
         if x.dtype == torch.float32 and self.random.random() < 0.3:

@@ -36,11 +36,13 @@ struct Sizes {  // a linear layer's but for the four without a value here
   }
 };
 
-// The packed codes of every member, [members, bytes].
+// The packed codes of every member, [members, bytes], and what packed_panels has made of them, if anything.
 struct PackedWeights {
   const uint8_t* data;
   int64_t bytes;  // of a member
   int bits;
+  const uint8_t* records = nullptr;
+  int64_t record_bytes = 0;
 };
 
 // Elements in the order [images, height, width, channels], one after another.
@@ -86,5 +88,9 @@ using Convolve = void(
     std::vector<Stage>& stages);
 Convolve convolve_codes, convolve_floats;
 Convolve convolve_depthwise_codes, convolve_depthwise_floats;  // of depthwise convolutions
+
+// The records of the members' weights as convolutions of codes read them on this CPU; see packed_panels.h.
+int64_t panel_record_bytes(const Sizes& sizes, const PackedWeights& weights);
+void keep_panels(const Sizes& sizes, const PackedWeights& weights, uint8_t* records);
 
 }  // namespace qkernels

@@ -13,7 +13,7 @@
 // depth = kernel_h * kernel_w * C_in / groups; where inputs are gathered for tiles, 32 * depth elements more.
 #pragma once
 
-#include "packed_conv2d.h"
+#include "packed_panels.h"
 #include "packed_weights.h"
 
 #include <algorithm>
@@ -22,10 +22,7 @@
 
 namespace qkernels {
 
-constexpr int64_t kLanes = 16;                             // output channels in a vector
-constexpr int64_t kMostVectors = kBlockChannels / kLanes;  // vectors of output channels in a tile
 constexpr int64_t kMostPixels = 12;
-constexpr int64_t kPanelBytes = 384 << 10;                 // that a block of several panels has at most
 constexpr int64_t kRoomBehind = 64;                        // bytes behind codes that may be read
 constexpr int64_t kSlicePixels = 256;                      // fewer are not worth unpacking weights for once more
 
@@ -35,12 +32,6 @@ struct TileSizes {
   int64_t pixels[kMostVectors];
 };
 constexpr TileSizes kWideTiles{4, {12, 12, 8, 6}};  // at most 24 vectors of sums
-
-// How a panel walks the depth of a window: `count` contiguous runs of `steps` steps each, in the panel followed by rows
-// of zeros up to `panel_steps`.
-struct Depth {
-  int64_t count, steps, panel_steps;
-};
 
 // One tile: sums[r][c] = start[c] + sum over runs t and elements k of pixels[r][runs[t] + k] * panel[t][k][c].
 template <class X, class Weight, class Sum>
@@ -101,30 +92,13 @@ class Windows {
   const X* at_;
 };
 
-// How the output channels of a group are cut into panels of a multiple of 16 channels, and blocks of panels.
-struct ChannelCut {
-  int64_t channels, panel_channels, panels, block_panels, blocks;
-
-  // At least `wanted` blocks of `groups` groups, if there are as many panels.
-  ChannelCut(int64_t most_vectors, int64_t group_channels, int64_t channel_bytes, int64_t groups, int64_t wanted)
-      : channels(group_channels) {
-    const int64_t vectors = (channels + kLanes - 1) / kLanes;
-    panels = (vectors + most_vectors - 1) / most_vectors;
-    panel_channels = (vectors + panels - 1) / panels * kLanes;
-    panels = (channels + panel_channels - 1) / panel_channels;
-    const int64_t fitting = kPanelBytes / (panel_channels * channel_bytes), even = panels * groups / wanted;
-    block_panels = std::clamp<int64_t>(std::min(fitting, even), 1, panels);
-    blocks = (panels + block_panels - 1) / block_panels;
-  }
-};
-
 // The weights of some channels as the microkernel reads them: [steps][16 * vectors][kStep], zeros where a group's
 // channels, the last 16 outputs or a run were filled up; what each channel's sum starts at; and its epilogue's
 // constants.
 template <class G>
 struct Panel {
   int64_t first, vectors;
-  typename G::Weight* weights;
+  const typename G::Weight* weights;
   alignas(64) typename G::Sum start[kBlockChannels] = {};
   ChannelBlock constants;
 };
@@ -269,11 +243,13 @@ class Convolution {
         cut_(gemm.most_vectors(), s.out_channels / s.groups,
              depth_.count * depth_.panel_steps * G::kStep * sizeof(typename G::Weight), s.members * s.groups,
              wanted_chunks()),
-        vectors_(cut_.panel_channels / kLanes), tiles_(gemm.tiles(image, s, vectors_)) {
-    // One slice for each thread, more of many pixels.
+        vectors_(cut_.panel_channels / kLanes), tiles_(gemm.tiles(image, s, vectors_)),
+        records_(cut_, depth_, G::kStep * sizeof(typename G::Weight), s), kept_(records_.are_in(packed, s.members)) {
+    // One slice for each thread, more of many pixels, or where weights need not be unpacked once more.
     const int64_t blocks = s.members * s.groups * cut_.blocks;
     const auto of_blocks = [blocks](int64_t chunks) { return (chunks + blocks - 1) / blocks; };
-    const int64_t most = std::max(of_blocks(wanted_chunks() / kChunksOfAThread), s.out_pixels() / kSlicePixels);
+    const int64_t most =
+        kept_ ? tiles_ : std::max(of_blocks(wanted_chunks() / kChunksOfAThread), s.out_pixels() / kSlicePixels);
     slices_ = std::clamp<int64_t>(of_blocks(wanted_chunks()), 1, std::clamp<int64_t>(most, 1, tiles_));
   }
 
@@ -283,28 +259,72 @@ class Convolution {
     return {s_.members * s_.groups * cut_.blocks * slices_, work, [self](int64_t chunk) { self->run(chunk); }};
   }
 
+  int64_t record_bytes() const { return records_.bytes; }
+
+  // A stage that writes the members' records. The image says by how much each sum is to be changed: -1 leaves it.
+  Stage keep(std::shared_ptr<const Convolution> self, uint8_t* records) const {
+    const int64_t panels = s_.members * s_.groups * cut_.panels;
+    return evenly_cut(panels, panels * records_.panel_bytes / 16, [self, records](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) self->keep_panel(panel, records);
+    });
+  }
+
  private:
+  void keep_panel(int64_t index, uint8_t* records) const {
+    const int64_t panel = index % cut_.panels, group = index / cut_.panels % s_.groups;
+    const int64_t member = index / cut_.panels / s_.groups;
+    Scratch scratch;
+    Unpacker<G> unpacker(gemm_, s_, packed_, image_, depth_, e_.isa, scratch);
+    const Panel<G> kept = unpacker.panel(
+        e_, member, channel(group, panel), channels(panel),
+        reinterpret_cast<typename G::Weight*>(records + records_.panel_at(member, group, panel)));
+    std::memcpy(
+        records + records_.sums_at(member) + kept.first * sizeof(kept.start[0]), kept.start,
+        channels(panel) * sizeof(kept.start[0]));
+    std::memcpy(records + member * records_.bytes, records_.header, sizeof records_.header);
+  }
+
+  // The first output channel of a panel, and how many it has.
+  int64_t channel(int64_t group, int64_t panel) const { return group * cut_.channels + panel * cut_.panel_channels; }
+  int64_t channels(int64_t panel) const {
+    return std::min(cut_.panel_channels, cut_.channels - panel * cut_.panel_channels);
+  }
+
   void run(int64_t chunk) const {
     const int64_t slice = chunk % slices_, block = chunk / slices_;
     const int64_t member = block / (s_.groups * cut_.blocks), group = block / cut_.blocks % s_.groups;
     Scratch scratch;
-    const std::vector<Panel<G>> panels = unpack(member, group, block % cut_.blocks * cut_.block_panels, scratch);
+    const std::vector<Panel<G>> panels = panels_of(member, group, block % cut_.blocks * cut_.block_panels, scratch);
     const TileJob<G> job{image_, s_, e_, runs_, depth_, panels, member, group};
     gemm_.run_tiles(job, vectors_, slice * tiles_ / slices_, (slice + 1) * tiles_ / slices_, scratch);
   }
 
-  std::vector<Panel<G>> unpack(int64_t member, int64_t group, int64_t first_panel, Scratch& scratch) const {
+  std::vector<Panel<G>> panels_of(int64_t member, int64_t group, int64_t first_panel, Scratch& scratch) const {
+    const int64_t end = std::min(first_panel + cut_.block_panels, cut_.panels);
+    std::vector<Panel<G>> panels;
+    if (kept_) {
+      for (int64_t p = first_panel; p < end; ++p) panels.push_back(kept_panel(member, group, p));
+      return panels;
+    }
     const int64_t size = cut_.panel_channels * depth_.count * depth_.panel_steps * G::kStep;
     auto* weights = scratch.take<typename G::Weight>(cut_.block_panels * size);
     Unpacker<G> unpacker(gemm_, s_, packed_, image_, depth_, e_.isa, scratch);
-    std::vector<Panel<G>> panels;
-    for (int64_t p = 0; p < std::min(cut_.block_panels, cut_.panels - first_panel); ++p) {
-      const int64_t first = (first_panel + p) * cut_.panel_channels;
-      panels.push_back(unpacker.panel(
-          e_, member, group * cut_.channels + first, std::min(cut_.panel_channels, cut_.channels - first),
-          weights + p * size));
-    }
+    for (int64_t p = first_panel; p < end; ++p, weights += size)
+      panels.push_back(unpacker.panel(e_, member, channel(group, p), channels(p), weights));
     return panels;
+  }
+
+  Panel<G> kept_panel(int64_t member, int64_t group, int64_t panel) const {
+    const int64_t first = channel(group, panel), n = channels(panel);
+    const uint8_t* weights = packed_.records + records_.panel_at(member, group, panel);
+    Panel<G> result{
+        first, (n + kLanes - 1) / kLanes, reinterpret_cast<const typename G::Weight*>(weights), {},
+        ChannelBlock(e_, member, first, n)};
+    std::memcpy(
+        result.start, packed_.records + records_.sums_at(member) + first * sizeof(result.start[0]),
+        n * sizeof(result.start[0]));
+    for (int64_t c = 0; c < n; ++c) result.start[c] *= -image_.raised_by;
+    return result;
   }
 
   const G gemm_;
@@ -316,6 +336,8 @@ class Convolution {
   const Depth depth_;
   const ChannelCut cut_;
   const int64_t vectors_, tiles_;
+  const PanelRecords records_;
+  const bool kept_;  // whether the weights bring such records
   int64_t slices_;
 };
 

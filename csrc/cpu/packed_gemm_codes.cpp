@@ -187,12 +187,30 @@ CodesGemm gemm_of(Isa isa, int bits, int64_t channels) {
   }
 }
 
-Stage convolution_of(const Image<uint8_t>& image, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e) {
+// Calls f with the kernels of an instruction set, for weights of so many bits and groups of so many stored channels.
+template <class F>
+auto with_gemm(Isa isa, int bits, int64_t channels, const F& f) {
 #if defined(__x86_64__)
-  if (e.isa == Isa::amx) return convolution(AmxGemm<AmxTiles<AmxCodes>>{&fill_codes_avx512}, image, sizes, weights, e);
+  if (isa == Isa::amx) return f(AmxGemm<AmxTiles<AmxCodes>>{&fill_codes_avx512});
 #endif
-  if (e.isa == Isa::emulated_amx) return convolution(AmxGemm<EmulatedTiles<AmxCodes>>{&fill}, image, sizes, weights, e);
-  return convolution(gemm_of(e.isa, weights.bits, image.group), image, sizes, weights, e);
+  if (isa == Isa::emulated_amx) return f(AmxGemm<EmulatedTiles<AmxCodes>>{&fill});
+  return f(gemm_of(isa, bits, channels));
+}
+
+// Calls f with the convolution whose panels are to be kept: of one output of an image that is not there.
+template <class F>
+auto with_kept(const Sizes& s, const PackedWeights& weights, const F& f) {
+  constexpr int64_t step = CodesGemm::kStep;
+  const int64_t group = (s.depth() + step - 1) / step * step, pixel = s.groups * group;
+  Image<uint8_t> image{};
+  image.pixel = pixel, image.group = group, image.raised_by = -1;
+  image.tap_right = s.dilation_w == 1 ? pixel : 2 * pixel;  // all that is asked is whether taps are neighbors
+  const std::vector<float> ones(s.members * s.out_channels, 1.0f);
+  const Epilogue e{.channels = s.out_channels, .scale = ones.data(), .activation = Activation::none, .out = nullptr,
+                   .out_dtype = ScalarType::Float};
+  return with_gemm(e.isa, weights.bits, group, [&](const auto& gemm) {
+    return f(std::make_shared<const Convolution<std::decay_t<decltype(gemm)>>>(gemm, image, s, weights, e));
+  });
 }
 
 }  // namespace
@@ -200,7 +218,18 @@ Stage convolution_of(const Image<uint8_t>& image, const Sizes& sizes, const Pack
 void convolve_codes(
     const Pixels& x, const Sizes& sizes, const PackedWeights& weights, const Epilogue& e, Memory& memory,
     std::vector<Stage>& stages) {
-  stages.push_back(convolution_of(image_of_codes(x, sizes, CodesGemm::kStep, memory, stages), sizes, weights, e));
+  const Image<uint8_t> image = image_of_codes(x, sizes, CodesGemm::kStep, memory, stages);
+  stages.push_back(with_gemm(e.isa, weights.bits, image.group, [&](const auto& gemm) {
+    return convolution(gemm, image, sizes, weights, e);
+  }));
+}
+
+int64_t panel_record_bytes(const Sizes& sizes, const PackedWeights& weights) {
+  return with_kept(sizes, weights, [](const auto& convolution) { return convolution->record_bytes(); });
+}
+
+void keep_panels(const Sizes& sizes, const PackedWeights& weights, uint8_t* records) {
+  with_kept(sizes, weights, [&](const auto& convolution) { run_stages({convolution->keep(convolution, records)}); });
 }
 
 }  // namespace qkernels

@@ -254,7 +254,18 @@ class Network {
     row.check(
         t.scalar_type() == ScalarType::Byte && checked_sum({begin, checked_product({members, bytes})}) <= t.numel(),
         "takes more weights than there are");
-    return {static_cast<const uint8_t*>(t.data_ptr()) + begin, bytes, static_cast<int>(bits)};
+    PackedWeights weights{static_cast<const uint8_t*>(t.data_ptr()) + begin, bytes, static_cast<int>(bits)};
+    if (row[Field::panels] < 0) return weights;
+    const Tensor& panels = constant(row, Field::panels);
+    const int64_t before = row.at_least(0, Field::member);
+    row.check(
+        panels.scalar_type() == ScalarType::Byte && panels.dim() == 2 &&
+            checked_sum({before, members}) <= panels.size(0),
+        "takes more panels than there are");
+    if (!is_code(x.dtype)) return weights;
+    weights.record_bytes = panels.size(1);
+    weights.records = static_cast<const uint8_t*>(panels.data_ptr()) + before * weights.record_bytes;
+    return weights;
   }
 
   void pool(const Row& row, const Value& x, const Value& out, std::vector<Stage>& stages) {

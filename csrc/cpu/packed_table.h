@@ -15,7 +15,7 @@ enum class Field : int64_t {
   first, members, member, images_of_member, shared, bits, byte,
   kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w, groups,
   activation, qmin, qmax, heads, tokens, query, key, value,
-  packed, scale, bias, x_scale, residual_scale, out_scale,
+  packed, panels, scale, bias, x_scale, residual_scale, out_scale,
   count
 };
 constexpr int64_t kFields = static_cast<int64_t>(Field::count);

@@ -72,6 +72,11 @@ class Row(dict[str, int]):
         size = packed_bytes(self["channels"] * window, self["bits"])
         end = self["byte"] + self["members"] * size
         self.check(constant.dtype == torch.uint8 and end <= constant.numel(), "takes more weights than there are")
+        if self["panels"] >= 0:
+            self.check(self["panels"] < len(constants), "takes a constant that is not there")
+            panels, last = constants[self["panels"]], self["member"] + self["members"]
+            right = panels.dtype == torch.uint8 and panels.dim() == 2 and last <= panels.shape[0]
+            self.check(right, "takes more panels than there are")
         return constant[self["byte"] : end].view(self["members"], size)
 
 

@@ -25,7 +25,7 @@ FIELDS = (
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left", "pad_bottom", "pad_right"),
     *("dilation_h", "dilation_w", "groups", "activation", "qmin", "qmax"),
     *("heads", "tokens", "query", "key", "value"),
-    *("packed", "scale", "bias", "x_scale", "residual_scale", "out_scale"),
+    *("packed", "panels", "scale", "bias", "x_scale", "residual_scale", "out_scale"),
 )
 KINDS = ("quantize", "convolve", "max_pool", "mean", "gate", "norm", "attend")
 ACTIVATION_NUMBERS = tuple(ACTIVATIONS)
@@ -51,6 +51,7 @@ class Row(NamedTuple):
         images_of_member: N.
         shared: every member sees the same x. Quantized with the scales of M members, x is repeated M times.
         packed: constant of uint8, the members' codes from `byte` on, `bits` each.
+        panels: what `packed_panels` made of the codes of all members that the constants have, or none.
         window: kernel, stride, padding, dilation (as Geometry has them) and groups.
         code_range: of the result.
         heads, tokens: of attention, whose x has images * height * width / tokens sequences.
@@ -81,6 +82,7 @@ class Row(NamedTuple):
     key: int = 0
     value: int = 0
     packed: int = -1
+    panels: int = -1
     scale: int = -1
     bias: int = -1
     x_scale: int = -1
@@ -94,7 +96,7 @@ class Row(NamedTuple):
             *(DTYPES[self.dtype], *self.shape, self.first, self.members, self.member, self.images_of_member),
             *(int(self.shared), self.bits, self.byte, *self.window, ACTIVATION_NUMBERS.index(self.activation)),
             *(*self.code_range, self.heads, self.tokens, self.query, self.key, self.value),
-            *(self.packed, self.scale, self.bias, self.x_scale, self.residual_scale, self.out_scale),
+            *(self.packed, self.panels, self.scale, self.bias, self.x_scale, self.residual_scale, self.out_scale),
         ]
 
 

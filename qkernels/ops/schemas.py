@@ -41,6 +41,9 @@ PACKED = {
     "packed_gemv": (
         "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int bits, bool shared, str activation) -> Tensor"
     ),
+    "packed_panels": (
+        "(Tensor packed, int channels, int depth, int bits, int[2] kernel, int[2] dilation, int groups) -> Tensor"
+    ),
     "packed_network": (
         "(Tensor[] inputs, Tensor[] constants, Tensor steps, int[] out_sizes, ScalarType out_dtype) -> Tensor"
     ),

@@ -265,6 +265,7 @@ class Lowered:
         """A row for each run of members whose weights have the same bits."""
         images, result = shape[0] // layer.members, self._next
         packed, scale, bias = (self._constant(layer._buffers, key) for key in ("weight_packed", "weight_scale", "bias"))
+        panels = self._constant(layer._buffers, "weight_panels") if layer.has_panels else -1
         scales = [self._constant(layer._buffers, key) for key in ("input_scale", "residual_scale", "output_scale")]
         return [
             Row(
@@ -286,6 +287,7 @@ class Lowered:
                 activation=layer.activation,
                 code_range=layer.output_range,
                 packed=packed,
+                panels=panels,
                 scale=scale,
                 bias=bias,
                 x_scale=scales[0],

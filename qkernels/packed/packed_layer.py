@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops.geometry import Geometry
 from ..ops.packed_conv2d import ACTIVATIONS, Activation, packed_conv2d, packed_conv2d_int8
+from ..ops.packed_panels import packed_panels
 from ..ops.packing import codes_dtype, dequantize_packed, pack, packed_bytes, quantize
 from ..quantize.codes import weight_codes
 from ..quantize.layers import QuantizedLayer
@@ -57,6 +58,11 @@ def _of(by_member: Tensor | None, run: Run) -> Tensor | None:
     return None if by_member is None else by_member[run.members]
 
 
+def _version(t: Tensor) -> int:
+    """How often a tensor was written to, where that is counted."""
+    return 0 if t.is_inference() else t._version
+
+
 def quantize_members(x: Tensor, scale: Tensor, code_range: tuple[int, int]) -> Tensor:
     """Codes of x [M * N, ...], each member with its own scale [M]."""
     return quantize(x.unflatten(0, (scale.shape[0], -1)), scale, *code_range, axis=0).flatten(0, 1)
@@ -74,6 +80,7 @@ class PackedLayer(LayerKind):
     Attributes:
         bits: of each member's weight.
         weight_packed: uint8, the members' packed codes one after another.
+        weight_panels: what `keep_panels_` made of them.
         weight_scale, bias: float32 [M, C_out]; a batch norm that followed is folded into them.
         input_scale, residual_scale, output_scale: float32 [M], of integer activations; None for floats.
         input_range, output_range: of their codes.
@@ -85,6 +92,7 @@ class PackedLayer(LayerKind):
     """
 
     weight_packed: Tensor
+    weight_panels: Tensor | None
     weight_scale: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
@@ -115,6 +123,8 @@ class PackedLayer(LayerKind):
         self.register_buffer("bias", torch.zeros(self.members, out_channels) if bias else None)
         for name in ("input_scale", "residual_scale", "output_scale"):
             self.register_buffer(name, None)
+        self.register_buffer("weight_panels", None, persistent=False)
+        self._panels_are_of: tuple[Tensor, int] | None = None  # the packed weights, and how often they were written to
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -200,6 +210,30 @@ class PackedLayer(LayerKind):
         bias = 0 if self.bias is None else self.bias.double()
         self.bias = (bias * factor + shift).float()
         self.weight_scale = (self.weight_scale.double() * factor).float()
+
+    def keep_panels_(self, keep: bool = True) -> None:
+        """Have the weights unpacked beside their bits, as the kernels for codes read them; or no longer."""
+        self.weight_panels = self._panels_are_of = None
+        depth = self.in_channels // self.geometry.groups
+        if not keep or self.input_scale is None or self.alone or (depth == 1 and self.geometry.groups > 1):
+            return  # depthwise kernels have no panels
+        g = self.geometry
+        of_window = (self.out_channels, depth)
+        parts = [
+            packed_panels(
+                self.weight_packed[run.bytes].view(run.members.stop - run.members.start, -1),
+                *(*of_window, run.bits, g.kernel, g.dilation, g.groups),
+            )
+            for run in self.runs
+        ]
+        self.weight_panels = torch.cat(parts)
+        self._panels_are_of = (self.weight_packed, _version(self.weight_packed))
+
+    @property
+    def has_panels(self) -> bool:
+        """Whether panels are kept, and are those of the weights."""
+        of = self._panels_are_of
+        return of is not None and of[0] is self.weight_packed and of[1] == _version(self.weight_packed)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The members' weights with everything folded in: [M, C_out, h, w, C_in / groups]."""
@@ -313,6 +347,8 @@ class PackedLayer(LayerKind):
         # `.half()` is about the activations, whose dtype x brings: scales and biases move, but stay float32.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
+        if self.weight_packed is not before["weight_packed"]:
+            self.keep_panels_(False)
         for name, buffer in before.items():
             if buffer is not None and buffer.is_floating_point():
                 self._buffers[name] = buffer.to(self.weight_packed.device)

@@ -111,7 +111,7 @@ def state_of(layers: Sequence[nn.Module]) -> State:
 
 def _settings(layer: nn.Module) -> Any:
     if isinstance(layer, PackedLayer):
-        return layer.changes
+        return layer.changes, layer.has_panels
     if isinstance(layer, StackedNorm):
         return layer.kind, layer.eps, layer.weight.dtype
     return (layer.kernel_size, layer.stride, layer.padding) if isinstance(layer, CodesMaxPool2d) else None

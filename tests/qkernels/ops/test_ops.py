@@ -69,6 +69,7 @@ def packed_cases(layouts):
         ]
         if kernel == 1:
             cases["packed_gemv"].append((t[:, :, 0, 0], weight, members, bias, 7, shared, "silu"))
+    cases["packed_panels"] = [(packed, 8, 5, 7, [3, 1], [1, 2], 4), (packed[:1], 120, 1, 7, [1, 1], [1, 1], 1)]
     cases["packed_network"] = [tuple(random_network(number).arguments()) for number in range(6)]
     return cases
 

@@ -62,7 +62,12 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize(
-    "name, between", [(name, between) for name, ways in ACTIVATIONS.items() for between in ways], ids=str
+    "name, between",
+    [
+        pytest.param(name, between, id=f"{name}-{i}")  # functions have no names that all processes know
+        for name, ways in ACTIVATIONS.items()
+        for i, between in enumerate(ways)
+    ],
 )
 def test_activations(name, between):
     models, ensemble = ensemble_of(between)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qkernels as qk
 from qkernels.packed import segments
 from qkernels.packed.codes_max_pool import CodesMaxPool2d
+from qkernels.packed.packed_layer import PackedLayer
 
 pytestmark = needs_cpp
 
@@ -299,3 +300,48 @@ def test_a_file_is_watched_for_each_new_shape(tmp_path):
         with pytest.raises(qk.PackedFileError, match="max_bytes"):
             loaded.member_logits(larger)
     assert any(parts(loaded, x)) and not parts(loaded, larger)
+
+
+# Weights that are kept unpacked -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [(7,), (8, 3, 3)])
+def test_unpacked_weights_give_the_same_bits(bits, tmp_path):
+    ensemble, x = ensemble_of(bits=bits), images()
+    expected, packed = ensemble.member_logits(x), ensemble.nbytes
+    assert ensemble.unpack_() is ensemble
+    weights = sum(layer.count for layer in ensemble.program.modules() if isinstance(layer, PackedLayer))
+    assert ensemble.nbytes > packed + weights * 0.8
+    for _ in range(3):
+        assert torch.equal(ensemble.member_logits(x), expected)
+    assert torch.equal(copy.deepcopy(ensemble).member_logits(x), expected)
+    ensemble.save(tmp_path / "packed")
+    assert qk.PackedEnsemble.load(tmp_path / "packed").nbytes == packed
+    assert ensemble.unpack_(False).nbytes == packed
+    assert torch.equal(ensemble.member_logits(x), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.weight_packed.bitwise_not_(),
+        lambda layer: setattr(layer, "weight_packed", ~layer.weight_packed),
+        lambda layer: layer.load_state_dict({**layer.state_dict(), "weight_packed": ~layer.weight_packed}),
+    ],
+)
+def test_other_weights_are_not_those_that_were_unpacked(change):
+    ensemble, x = ensemble_of().unpack_(), images()
+    before = [ensemble.member_logits(x) for _ in range(2)][-1]
+    change(ensemble.program.layer("wide"))
+    assert_changed(ensemble, x, before)
+    before = [ensemble.member_logits(x) for _ in range(2)][-1]
+    assert torch.equal(ensemble.unpack_().member_logits(x), before)
+
+
+def test_what_is_not_unpacked():
+    with pytest.raises(ValueError, match="call to_integer_ first"):
+        ensemble_of(integer=False).unpack_()
+    with pytest.raises(ValueError, match="a GPU's kernels read the packed bits"):
+        ensemble_of().to("meta").unpack_()
+    moved = ensemble_of().unpack_().to("meta")
+    assert all(layer.weight_panels is None for layer in moved.modules() if isinstance(layer, PackedLayer))
