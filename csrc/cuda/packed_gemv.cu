@@ -175,15 +175,18 @@ __device__ __forceinline__ void add_products(
     for (int i = 0; i < 4; ++i) sums[t][i] += products[t][i];
 }
 
-// Adds up what warps and parts of x left in `of_warps`, [warp][row of the tile][column], and writes the results.
+// Adds up what warps and parts of x left in `of_warps`, [warp][row of the tile][column], and writes the results. Loops
+// stay loops: unrolled, with the activations in them, they take registers that the weights need.
 template <typename X, int kColumnTiles>
 __device__ __forceinline__ void write_results(const Gemv& g, const Work& work, const float* of_warps) {
   constexpr int kColumns = kColumnTiles * kTileColumns;
   const int rows = g.tiles() * kTileRows;
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows * work.rows_of_x; i += kThreads) {
     const int n = i / rows, row = i - n * rows;
     if (work.first_row + row >= work.rows_of_phase) continue;
     float sum = 0.0f;
+#pragma unroll 1
     for (int split = 0; split < g.splits(); ++split) {
       const int warp = row / kTileRows * g.splits() + split;
       const float* const parts = of_warps + (warp * kTileRows + row % kTileRows) * kColumns + n * kParts<X>;
