@@ -98,9 +98,10 @@ class PackedEnsemble(nn.Module):
     def unpack_(self, keep: bool = True) -> "PackedEnsemble":
         """Keep the weights of integer layers unpacked, at 8 bits, beside their packed bits; or no longer. Returns self.
 
-        On a CPU a forward unpacks the weights that it reads. For one image, or small ones, that is up to a quarter of its
-        time, which this saves; `nbytes` tells what it costs. Answers stay the same, to the bit. A file holds the packed
-        bits alone, and what is loaded, copied to another device, or given other weights has to be unpacked anew.
+        On a CPU a forward unpacks the weights that it reads. For one image, or small ones, that is up to a quarter of
+        its time, which this saves; `nbytes` tells what it costs. Answers stay the same, to the bit. A file holds the
+        packed bits alone, and what is loaded, copied to another device, or given other weights is unpacked anew by
+        another call.
 
         Raises:
             ValueError: if no layer works on integers, or the ensemble is not on a CPU.
