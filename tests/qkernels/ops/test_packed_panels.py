@@ -45,29 +45,30 @@ def one_convolution(seed, geometry, in_channels, channels, dtype):
     ],
 )
 def test_the_bits_of_what_is_unpacked_each_time(geometry, in_channels, channels, dtype):
+    """And panels are what is multiplied: those of other weights give another result, unless they are of no use."""
+    depth = in_channels // geometry.groups
+    of_window = (list(geometry.kernel), list(geometry.dilation), geometry.groups)
     for seed in range(3):
         network = one_convolution(seed, geometry, in_channels, channels, dtype)
-        arguments = network.arguments()
-        expected = backend.packed_network(*arguments)
-        bits, starts = zip(*((row.bits, row.byte + i * 0) for row in network.rows for i in range(1)), strict=True)
-        by_member = []
-        for row, b, start in zip(network.rows, bits, starts, strict=True):
-            size = oracle.packed_nbytes(channels * in_channels // geometry.groups * np.prod(geometry.kernel), b)
-            packed = arguments[1][row.packed][start:][: row.members * size].view(row.members, size)
-            depth = in_channels // geometry.groups
-            by_member.append(
-                backend.packed_panels(
-                    packed, channels, depth, b, list(geometry.kernel), list(geometry.dilation), geometry.groups
-                )
-            )
-        panels = torch.cat(by_member)
-        assert panels.shape[0] == 3 and (backend.name == "reference" or panels.shape[1] > channels * in_channels)
-        rows = [row._replace(panels=len(arguments[1])) for row in network.rows]
-        y = backend.packed_network(arguments[0], [*arguments[1], panels], table(rows), *arguments[3:])
-        assert torch.equal(y, expected)
-        for wrong in (panels[:, :-1], panels[:, 64:], panels + 1, torch.zeros_like(panels)):  # of no use, and not used
-            y = backend.packed_network(arguments[0], [*arguments[1], wrong], table(rows), *arguments[3:])
-            assert torch.equal(y, expected)
+        inputs, constants, _, *result = network.arguments()
+        parts: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []
+        for row in network.rows:
+            size = oracle.packed_nbytes(channels * depth * np.prod(geometry.kernel), row.bits)
+            packed = constants[row.packed][row.byte :][: row.members * size].view(row.members, size)
+            parts.append(backend.packed_panels(packed, channels, depth, row.bits, *of_window))
+            others.append(backend.packed_panels(~packed, channels, depth, row.bits, *of_window))
+        rows = [row._replace(panels=len(constants)) for row in network.rows]
+
+        def run(panels, inputs=inputs, constants=constants, rows=rows, result=result):
+            return backend.packed_network(inputs, [*constants, panels], table(rows), *result)
+
+        expected = backend.packed_network(inputs, constants, table(network.rows), *result)
+        panels = torch.cat(parts)
+        assert torch.equal(run(panels), expected)
+        assert torch.equal(run(torch.cat(others)), expected) == (backend.name == "reference")
+        for useless in (panels[:, :-1], panels[:, 64:], panels + 1, torch.zeros_like(panels)):
+            assert torch.equal(run(useless), expected)
 
 
 def test_panels_are_what_is_read():
