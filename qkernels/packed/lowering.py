@@ -318,7 +318,8 @@ class Lowered:
 
     def _floats(self, *refs: Any) -> bool:
         """Whether these are references to tensors of float32, which each member has of its own."""
-        tensors = [self._record.tensors.get(ref.name) for ref in refs if isinstance(ref, Ref)]
+        names = [ref.name for ref in refs if isinstance(ref, Ref) and ref.name in self._record.own]
+        tensors = [self._record.tensors.get(name) for name in names]
         return len(tensors) == len(refs) and all(t is not None and t.dtype == torch.float32 for t in tensors)
 
     def _mean(self, step: Step, bound: Bound) -> bool:
@@ -375,6 +376,7 @@ class Lowered:
         if not right:
             return False
         scale = bound.get("scale")
+        scale = self._record.numbers[scale.name] if isinstance(scale, Ref) else scale
         self.rounds = True
         row = Row(
             "attend",

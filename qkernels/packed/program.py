@@ -201,7 +201,7 @@ class Program(nn.Module):
         state = state_of(layers) if quick else []
         parts = self._segments.parts(x, state) if quick and passed else None
         if parts is None:
-            record = Record(self._input, x) if quick else None
+            record = Record(self._input, x, self._own) if quick else None
             y = self._run_steps(x, record)
             if record is None:
                 return y

@@ -30,9 +30,11 @@ class Record:
         tensors: name -> what the tensor was.
         views: name of a tensor, or of several, that lie in the memory of an earlier value -> that value.
         numbers: name -> number or shape. They follow from the shape of the images alone.
+        own: the names of the results of which each member has its own.
     """
 
-    def __init__(self, name: str, x: Tensor) -> None:
+    def __init__(self, name: str, x: Tensor, own: frozenset[str]) -> None:
+        self.own = own
         self.tensors: dict[str, Seen] = {name: _seen(x)}
         self.views: dict[str, str] = {}
         self.numbers: dict[str, Any] = {}
@@ -45,7 +47,7 @@ class Record:
         if not places:
             self.numbers[step.name] = value
             return
-        for name in step.uses:
+        for name in step.uses if step.op != "layer" else ():  # a layer may have written there
             if places == _places(values[name]):
                 self.views[step.name] = self.base(name)
 

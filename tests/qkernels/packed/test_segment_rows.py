@@ -46,7 +46,13 @@ class Attention(nn.Module):
 
     def attend(self, x):
         batch, tokens, channels = x.shape
-        options = {"scale": 0.3} if self.form == "scale" else {"is_causal": True} if self.form == "causal" else {}
+        options = (
+            {"scale": x.shape[-1] ** -1}
+            if self.form == "scale"
+            else {"is_causal": True}
+            if self.form == "causal"
+            else {}
+        )
         if self.form == "chunk":
             parts = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)]
         elif self.form == "heads first":
@@ -98,6 +104,23 @@ def test_gates_norms_and_means(integer):
     for count in (1, 4):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             assert_same(ensemble, images(count).contiguous(memory_format=memory_format), ROUNDING[integer])
+
+
+class Folded(nn.Module):
+    """A mean over the third and fourth dimension of what all members share, which are no image's pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(12, 20), nn.Linear(20, 4)
+
+    def forward(self, x):
+        return self.head(self.hidden(x.reshape(x.shape[0], 3, 12, 4, 12).mean((2, 3))).relu()).mean(1)
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_mean_of_what_is_shared(integer):
+    ensemble = ensemble_of(Folded, integer=integer)
+    assert_same(ensemble, images(40))
 
 
 def test_a_changed_norm():
